@@ -1,0 +1,136 @@
+"""BPE tokenizers over A, C, G, T: train one, load one, tell two apart."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from os import PathLike
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dnazen.files import InputError, read_json
+
+logger = logging.getLogger(__name__)
+
+# Five token ids are packed into one 63-bit key, so 12 bits for each.
+MAX_VOCAB_SIZE = 4096
+# Ids 0..4 as in DNABERT-2's tokenizer.
+SPECIAL_TOKENS = {
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "mask_token": "[MASK]",
+}
+_BASES = "ACGT"
+# BPE sees the text as words; 2,040 bases are what 510 tokens take up, and one word of a corpus.
+_WORD_BASES = 2040
+# Training holds about 60 bytes a base: 2 GB for this many.
+_MAX_TRAINING_BASES = 2**25
+# As DNABERT-2's longest: otherwise tandem repeats double into tokens of hundreds of bases.
+_MAX_TOKEN_BASES = 32
+
+
+def train_tokenizer(sequences: Iterable[str], vocab_size: int = MAX_VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """Train a BPE tokenizer like DNABERT-2's (Zhou et al. 2024, section 3.1) on sequences of A, C, G, T.
+
+    Of more than 33 million bases an evenly spaced sample is taken. The same sequences always give the same tokenizer.
+    A short text may give fewer than `vocab_size` tokens; that is logged.
+
+    Raises:
+        InputError: `vocab_size` is below 9 (five special tokens, four bases) or above 4096; there is no sequence.
+    """
+    smallest = len(SPECIAL_TOKENS) + len(_BASES)
+    if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
+        raise InputError(
+            f"vocab_size: expected {smallest} (special tokens and bases) to {MAX_VOCAB_SIZE} (five tokens must fit one "
+            f"63-bit key), found {vocab_size}"
+        )
+    words = _sample_words(sequences)
+    if not words:
+        raise InputError("no A, C, G or T in the sequences to train the tokenizer on")
+    backend = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"]))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=list(_BASES),
+        max_token_length=_MAX_TOKEN_BASES,
+    )
+    backend.train_from_iterator(words, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    if backend.get_vocab_size() < vocab_size:
+        logger.warning(
+            "the sequences gave %d tokens of the %d asked for: no pair of tokens was left that occurs twice",
+            backend.get_vocab_size(),
+            vocab_size,
+        )
+    return _wrap(backend, SPECIAL_TOKENS)
+
+
+def load_tokenizer(path: str | PathLike) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a folder with `tokenizer.json`, or from that file; never from the network.
+
+    Raises:
+        InputError: there is no such file, it is no tokenizer, it tokenizes at random (BPE dropout), or it lacks one of
+            the tokens unk, cls, sep, pad and mask.
+    """
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; expected a tokenizer (tokenizer.json, or a folder with it)")
+    try:
+        backend = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise InputError(f"{file}: expected a tokenizer.json of the tokenizers library; {error}") from error
+    if getattr(backend.model, "dropout", None):
+        raise InputError(f"{file}: expected a tokenizer without BPE dropout, found {backend.model.dropout}")
+    config_file = file.with_name("tokenizer_config.json")
+    config = read_json(config_file, "a tokenizer's configuration") if config_file.exists() else {}
+    special_tokens = {}
+    for role, default in SPECIAL_TOKENS.items():
+        token = config.get(role) or default
+        special_tokens[role] = token["content"] if isinstance(token, dict) else token
+    missing = [role for role, token in special_tokens.items() if backend.token_to_id(token) is None]
+    if missing:
+        raise InputError(f"{file}: the tokenizer has no {', '.join(missing)}; expected all of {', '.join(SPECIAL_TOKENS)}")
+    return _wrap(backend, special_tokens)
+
+
+def tokenizer_checksum(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of the tokenizer's model (vocabulary and merges) as canonical JSON: the same however it was saved."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
+
+
+def _wrap(backend: Tokenizer, special_tokens: dict[str, str]) -> PreTrainedTokenizerFast:
+    # A length limit kept in the file would cut sequences without a word.
+    backend.no_truncation()
+    backend.no_padding()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=int(1e30), **special_tokens)
+
+
+def _sample_words(sequences: Iterable[str]) -> list[str]:
+    """Every k-th word of the sequences, k the smallest power of 2 that keeps the bases within the limit."""
+    words: list[str] = []
+    stride = 1
+    for ordinal, word in enumerate(_cut_words(sequences)):
+        if ordinal % stride == 0:
+            words.append(word)
+            if len(words) * _WORD_BASES > _MAX_TRAINING_BASES:
+                words = words[::2]
+                stride *= 2
+    return words
+
+
+def _cut_words(sequences: Iterable[str]) -> Iterator[str]:
+    for sequence in sequences:
+        for start in range(0, len(sequence), _WORD_BASES):
+            yield sequence[start : start + _WORD_BASES]

@@ -1,0 +1,69 @@
+"""Files that are either whole or absent, and the error that names what is wrong with one."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class InputError(ValueError):
+    """Something the user handed in cannot be used; the message names it, what was expected and what was found."""
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as JSON under a temporary name, then rename it to `path`."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
+    """Read a JSON object; `what` names its role in errors.
+
+    Raises:
+        InputError: the file is absent, is not JSON, or is not an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected {what}")
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: expected {what} as JSON, found something else ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected {what} as a JSON object, found {type(value).__name__}")
+    return value
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; rename it to `path` when the block ends without an error.
+
+    Raises:
+        InputError: `path` already exists and is not an empty directory; nothing in it is touched.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: already exists; choose another directory or remove this one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

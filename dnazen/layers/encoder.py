@@ -1,0 +1,146 @@
+"""Embeddings and layers of E4BU and of the G-gram encoder, and the two fused layer by layer.
+
+Every module works on the last dimension alone, so it takes packed `[T, H]` and padded `[B, S, H]` alike; what depends
+on the layout (attention and fusion) is handed in. `config` has DNAZenConfig's fields.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dnazen.layers.attention import Attention, FusedSelfAttention, SelfAttention
+
+
+class Embeddings(nn.Module):
+    """Word embedding plus row 0 of the token types, LayerNorm, dropout."""
+
+    def __init__(self, config, vocab_size: int) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocab_size, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        token_type = self.token_type_embeddings(input_ids.new_zeros(1))
+        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + token_type))
+
+
+class ResidualOutput(nn.Module):
+    """BERT's way out of a sub-layer: projection, dropout, LayerNorm of the sum with the residual (post-LN)."""
+
+    def __init__(self, config, in_features: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention of either kind and its output."""
+
+    def __init__(self, config, self_attention: type[nn.Module]) -> None:
+        super().__init__()
+        self.self = self_attention(config.hidden_size, config.num_attention_heads)
+        self.output = ResidualOutput(config, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        context, weights = self.self(hidden_states, attention)
+        return self.output(context, hidden_states), weights
+
+
+class GatedMLP(nn.Module):
+    """DNABERT-2's feed-forward: the first half through exact GELU, times the second half."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate, value = self.gated_layers(hidden_states).chunk(2, dim=-1)
+        return self.layernorm(self.dropout(self.wo(F.gelu(gate) * value)) + hidden_states)
+
+
+class TokenLayer(nn.Module):
+    """A layer of E4BU."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.attention = AttentionBlock(config, FusedSelfAttention)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        hidden_states, weights = self.attention(hidden_states, attention)
+        return self.mlp(hidden_states), weights
+
+
+class Intermediate(nn.Module):
+    """BERT's way into the feed-forward: projection and exact GELU."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.gelu(self.dense(hidden_states))
+
+
+class NgramLayer(nn.Module):
+    """A layer of the G-gram encoder: a standard post-LN BERT layer."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.attention = AttentionBlock(config, SelfAttention)
+        self.intermediate = Intermediate(config)
+        self.output = ResidualOutput(config, config.intermediate_size)
+
+    def forward(self, hidden_states: Tensor, attention: Attention) -> Tensor:
+        hidden_states, _ = self.attention(hidden_states, attention)
+        return self.output(self.intermediate(hidden_states), hidden_states)
+
+
+class EncoderOutput(NamedTuple):
+    """States after the last layer; after the embeddings and, if asked for, every layer; weights of E4BU's attention."""
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...]
+    attentions: tuple[Tensor | None, ...]
+
+
+class FusedEncoder(nn.Module):
+    """Both stacks. After E4BU's layer l the states of the G-gram encoder's layer l are added (paper, eq. 4)."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(TokenLayer(config) for _ in range(config.num_hidden_layers))
+        self.ngram_layers = nn.ModuleList(NgramLayer(config) for _ in range(config.num_hidden_ngram_layers))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        ngram_hidden_states: Tensor,
+        attention: Attention,
+        ngram_attention: Attention,
+        fusion: Callable[[Tensor, Tensor], Tensor],
+        output_hidden_states: bool = False,
+    ) -> EncoderOutput:
+        """`fusion(hidden_states, ngram_hidden_states)` adds to each token the states of the G-grams that cover it."""
+        all_hidden_states, all_attentions = [hidden_states], []
+        for index, layer in enumerate(self.layer):
+            hidden_states, weights = layer(hidden_states, attention)
+            # The G-gram layers run even on a batch with no G-gram: under ZeRO-3 all ranks must call the same modules.
+            if index < len(self.ngram_layers):
+                ngram_hidden_states = self.ngram_layers[index](ngram_hidden_states, ngram_attention)
+                hidden_states = fusion(hidden_states, ngram_hidden_states)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            all_attentions.append(weights)
+        return EncoderOutput(hidden_states, tuple(all_hidden_states), tuple(all_attentions))

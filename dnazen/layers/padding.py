@@ -1,0 +1,119 @@
+"""Between the padded and the packed form of a batch."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class PackedBatch(NamedTuple):
+    """A batch without padding: B sequences, T tokens, N G-grams, E (token, G-gram) edges (ids int64, the rest int32)."""
+
+    input_ids: Tensor  # [T]
+    cu_seqlens: Tensor  # [B + 1]
+    max_seqlen: int
+    ngram_input_ids: Tensor  # [N]
+    ngram_cu_seqlens: Tensor  # [B + 1]
+    max_ngrams: int
+    token_offsets: Tensor  # [T + 1]
+    token_ngrams: Tensor  # [E]
+    ngram_offsets: Tensor  # [N + 1]
+    ngram_tokens: Tensor  # [E]
+
+
+class PaddedLayout(NamedTuple):
+    """Where packed rows lie in a padded form of `batch_size` by `width` rows."""
+
+    positions: Tensor  # [T] int64, into the flattened [batch_size * width]
+    batch_size: int
+    width: int
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, width: int, total: int) -> "PaddedLayout":
+        """Each of the sequences, `total` rows in all, at the start of its line."""
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
+        sequence = torch.arange(len(starts), device=starts.device).repeat_interleave(lengths, output_size=total)
+        positions = sequence * width + torch.arange(total, device=starts.device) - starts[sequence]
+        return cls(positions, len(starts), width)
+
+    def pad(self, packed: Tensor, value: float = 0) -> Tensor:
+        """`[T, ...]` to `[batch_size, width, ...]`; `value` fills the rest."""
+        padded = packed.new_full((self.batch_size * self.width, *packed.shape[1:]), value)
+        return padded.index_copy(0, self.positions, packed).unflatten(0, (self.batch_size, self.width))
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """`[batch_size, width, ...]` to `[T, ...]`."""
+        return padded.flatten(0, 1).index_select(0, self.positions)
+
+
+def offsets_from_lengths(lengths: Tensor) -> Tensor:
+    """`[n]` lengths to `[n + 1]` int32 offsets, the first of them 0."""
+    return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def matching_csr(token_index: Tensor, ngram_index: Tensor, num_tokens: int, num_ngrams: int) -> tuple[Tensor, ...]:
+    """The two CSR views of the matching matrix from its edges `[E]`, which ascend by (token, G-gram).
+
+    Returns:
+        `token_offsets [T + 1]`, `token_ngrams [E]`, `ngram_offsets [N + 1]`, `ngram_tokens [E]`, all int32.
+    """
+    by_ngram = ngram_index.argsort(stable=True)
+    return (
+        offsets_from_lengths(token_index.bincount(minlength=num_tokens)),
+        ngram_index.to(torch.int32),
+        offsets_from_lengths(ngram_index.bincount(minlength=num_ngrams)),
+        token_index[by_ngram].to(torch.int32),
+    )
+
+
+def batch_without_ngrams(input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> PackedBatch:
+    """The packed batch of these tokens in which no sequence has a G-gram."""
+    empty = cu_seqlens.new_zeros(0)
+    return PackedBatch(
+        input_ids, cu_seqlens, max_seqlen, input_ids.new_zeros(0), torch.zeros_like(cu_seqlens), 0,
+        cu_seqlens.new_zeros(len(input_ids) + 1), empty, cu_seqlens.new_zeros(1), empty,
+    )  # fmt: skip
+
+
+def pack_batch(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    ngram_input_ids: Tensor | None = None,
+    ngram_attention_mask: Tensor | None = None,
+    ngram_position_matrix: Tensor | None = None,
+) -> tuple[PackedBatch, PaddedLayout]:
+    """Pack a padded batch; the padding may be anywhere.
+
+    Args:
+        input_ids, attention_mask: `[B, S]`; the mask is 1 at tokens, 0 at padding.
+        ngram_input_ids, ngram_attention_mask: `[B, G]`, or None for no G-grams.
+        ngram_position_matrix: `[B, S, G]`, 1 where a G-gram covers a token, else 0; entries at padding are ignored.
+    """
+    token_mask = attention_mask.bool()
+    lengths = token_mask.sum(1)
+    layout = PaddedLayout(token_mask.flatten().nonzero().squeeze(1), *input_ids.shape)
+    packed_ids, cu_seqlens, max_seqlen = layout.unpad(input_ids), offsets_from_lengths(lengths), int(lengths.max())
+    if ngram_input_ids is None:
+        return batch_without_ngrams(packed_ids, cu_seqlens, max_seqlen), layout
+
+    ngram_mask = ngram_attention_mask.bool()
+    ngram_lengths = ngram_mask.sum(1)
+    packed_ngrams = ngram_input_ids[ngram_mask]
+    max_ngrams = int(ngram_lengths.max()) if ngram_mask.numel() else 0
+    edges = ngram_position_matrix.bool() & token_mask[:, :, None] & ngram_mask[:, None, :]
+    sequence, token, ngram = edges.nonzero(as_tuple=True)
+    token_rank = (token_mask.flatten().cumsum(0) - 1).view_as(token_mask)
+    ngram_rank = (ngram_mask.flatten().cumsum(0) - 1).view_as(ngram_mask)
+    csr = matching_csr(token_rank[sequence, token], ngram_rank[sequence, ngram], len(packed_ids), len(packed_ngrams))
+    ngram_cu_seqlens = offsets_from_lengths(ngram_lengths)
+    return PackedBatch(packed_ids, cu_seqlens, max_seqlen, packed_ngrams, ngram_cu_seqlens, max_ngrams, *csr), layout
+
+
+def dense_matching_matrix(batch: PackedBatch, tokens: PaddedLayout, ngrams: PaddedLayout) -> Tensor:
+    """The matching matrix M of eq. (3), `[B, S, G]` fp32 of 0 and 1, from the CSR view by token."""
+    matrix = torch.zeros(tokens.batch_size * tokens.width, ngrams.width, device=batch.input_ids.device)
+    if len(batch.token_ngrams):
+        line = tokens.positions.repeat_interleave(batch.token_offsets.diff(), output_size=len(batch.token_ngrams))
+        matrix[line, ngrams.positions[batch.token_ngrams.long()] % ngrams.width] = 1
+    return matrix.unflatten(0, (tokens.batch_size, tokens.width))

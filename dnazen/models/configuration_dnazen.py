@@ -1,0 +1,117 @@
+"""Configuration of the DNAZEN models."""
+
+import os
+from dataclasses import fields
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from dnazen.files import InputError, read_json
+
+_SIZE_FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_hidden_ngram_layers"
+)  # fmt: skip
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(zip(_SIZE_FIELDS, (128, 4, 4, 512, 2))),
+    "base": dict(zip(_SIZE_FIELDS, (768, 12, 12, 3072, 6))),
+    "large": dict(zip(_SIZE_FIELDS, (1024, 24, 16, 4096, 6))),
+    "xlarge": dict(zip(_SIZE_FIELDS, (1536, 28, 12, 8960, 12))),
+}
+
+# Keys that published configurations and `save_pretrained` write beside the fields.
+_TOLERATED_KEYS = {
+    "_name_or_path", "alibi_starting_size", "attn_implementation", "auto_map", "gradient_checkpointing", "hidden_act",
+    "max_position_embeddings", "model_type", "name_or_path", "num_labels", "output_attentions",
+    "position_embedding_type", "torch_dtype", "use_cache",
+}  # fmt: skip
+
+
+class DNAZenConfig(PreTrainedConfig):
+    """Shape and constants of a DNAZEN model; the defaults are the base size.
+
+    `hidden_size`, `num_attention_heads` and `intermediate_size` hold for both encoders. E4BU has `num_hidden_layers`
+    layers; the G-gram encoder has `num_hidden_ngram_layers`, whose outputs are added after E4BU's first as many layers.
+    `max_ngram_count` is the cap of G-grams per sequence the model was trained with (None: no cap).
+    `impl` is not saved: "auto" runs packed, "reference" runs padded, with a dense matching matrix and eager attention.
+
+    Raises:
+        InputError: a field is out of its range; the message names it, what was expected and what was found.
+    """
+
+    model_type = "dnazen"
+
+    vocab_size: int = 4096
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    num_hidden_ngram_layers: int = 6
+    ngram_vocab_size: int = 162708
+    max_ngram_count: int | None = None
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.0
+    classifier_dropout: float | None = None
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    unk_token_id: int | None = 0
+    cls_token_id: int | None = 1
+    sep_token_id: int | None = 2
+    pad_token_id: int | None = 3
+    mask_token_id: int | None = 4
+    tie_word_embeddings: bool = True
+    impl: str = "auto"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self._validate()
+        if kwargs.get("hidden_act", "gelu") != "gelu":
+            raise InputError(f"configuration: hidden_act: expected 'gelu', found {kwargs['hidden_act']!r}")
+
+    def _validate(self) -> None:
+        def check(is_valid: bool, name: str, expected: str) -> None:
+            if not is_valid:
+                raise InputError(f"configuration: {name}: expected {expected}, found {getattr(self, name)!r}")
+
+        def is_number(name: str, kinds: tuple[type, ...] = (int, float)) -> bool:
+            return isinstance(getattr(self, name), kinds) and not isinstance(getattr(self, name), bool)
+
+        for name in ("vocab_size", "ngram_vocab_size", "type_vocab_size", *_SIZE_FIELDS):
+            check(is_number(name, (int,)) and getattr(self, name) >= 1, name, "an integer of at least 1")
+        heads, layers, cap = self.num_attention_heads, self.num_hidden_layers, self.max_ngram_count
+        check(self.hidden_size % heads == 0, "hidden_size", f"a multiple of num_attention_heads {heads}")
+        check(
+            self.num_hidden_ngram_layers <= layers, "num_hidden_ngram_layers", f"at most num_hidden_layers {layers}"
+        )
+        is_cap = is_number("max_ngram_count", (int,)) and cap >= 1
+        check(cap is None or is_cap, "max_ngram_count", "None or an integer of at least 1")
+        check(self.attention_probs_dropout_prob == 0, "attention_probs_dropout_prob", "0 (no attention dropout)")
+        for name in ("hidden_dropout_prob", "classifier_dropout"):
+            is_absent = name == "classifier_dropout" and self.classifier_dropout is None
+            check(is_absent or (is_number(name) and 0 <= getattr(self, name) < 1), name, "a number in [0, 1)")
+        for name in ("layer_norm_eps", "initializer_range"):
+            check(is_number(name) and getattr(self, name) > 0, name, "a number above 0")
+        for name in ("unk_token_id", "cls_token_id", "sep_token_id", "pad_token_id", "mask_token_id"):
+            is_id = is_number(name, (int,)) and 0 <= getattr(self, name) < self.vocab_size
+            check(getattr(self, name) is None or is_id, name, f"None or an id below vocab_size {self.vocab_size}")
+        check(isinstance(self.tie_word_embeddings, bool), "tie_word_embeddings", "true or false")
+        check(self.impl in ("auto", "reference"), "impl", "'auto' or 'reference'")
+
+    def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
+        super()._remove_keys_not_serialized(d)
+        d.pop("impl", None)
+
+    @classmethod
+    def from_size(cls, size_or_json_path: str | os.PathLike, **overrides: Any) -> "DNAZenConfig":
+        """A configuration by size (a key of `SIZES`) or from a JSON file, with fields overridden.
+
+        Raises:
+            InputError: neither a size nor a readable JSON object; unknown keys (all are named); an invalid field.
+        """
+        source = os.fspath(size_or_json_path)
+        expected = f"a model size ({', '.join(SIZES)}) or a model configuration"
+        values = {**(SIZES[source] if source in SIZES else read_json(source, expected)), **overrides}
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)} - _TOLERATED_KEYS)
+        if unknown:
+            raise InputError(f"{source}: expected fields of {cls.__name__}, found unknown {', '.join(unknown)}")
+        return cls(**values)

@@ -1,0 +1,16 @@
+"""Pretrain DNAZEN: `deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json [...]`.
+
+With no other argument it prepares the packaged *E. coli* 536 genome and trains the `tiny` size on it. With `--fasta` it
+does the same on other genomes; with `--corpus` and `--ngrams` it trains on what `dnazen corpus` and `dnazen ngrams` wrote.
+"""
+
+import sys
+from pathlib import Path
+
+# the launcher puts this folder first on the path, where `data`, `models`, ... would shadow other packages
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from dnazen.train.run import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

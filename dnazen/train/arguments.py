@@ -1,0 +1,77 @@
+"""Arguments of pretraining: ours, and Hugging Face's `TrainingArguments` with defaults that suit it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from dnazen.files import InputError
+
+
+@dataclass
+class DataArguments:
+    """What is trained, on what, and how it is masked."""
+
+    fasta: list[str] | None = field(
+        default=None,
+        metadata={"help": "FASTA files to prepare and train on in one go; default: the packaged E. coli 536 genome"},
+    )
+    corpus: str | None = field(default=None, metadata={"help": "folder written by `dnazen corpus`"})
+    ngrams: str | None = field(default=None, metadata={"help": "folder written by `dnazen ngrams`"})
+    work_dir: str = field(default="runs", metadata={"help": "where --fasta is prepared and default outputs go"})
+    model: str = field(default="tiny", metadata={"help": "tiny, base, large, xlarge, or a config.json"})
+    max_batch_tokens: int = field(default=8192, metadata={"help": "tokens of a micro-batch on one device"})
+    mlm_probability: float = field(default=0.15, metadata={"help": "chance of a token to be drawn for masking"})
+    mask_target: str = field(
+        default="drawn",
+        metadata={
+            "choices": ["drawn", "effective"],
+            "help": "what --mlm_probability is the rate of: tokens drawn (as in the paper), or tokens masked in the end",
+        },
+    )
+    whole_ngram_masking: bool = field(default=True, metadata={"help": "mask whole G-grams, not tokens alone"})
+    use_ngrams: bool = field(default=True, metadata={"help": "let the model see the G-grams"})
+    max_ngrams: int | None = field(default=None, metadata={"help": "most G-grams of a sequence; default: no limit"})
+
+    def __post_init__(self):
+        if (self.corpus is None) != (self.ngrams is None):
+            raise InputError("--corpus and --ngrams belong together: give both, or neither and --fasta")
+        if self.corpus is not None and self.fasta is not None:
+            raise InputError("--fasta prepares a corpus of its own; it does not go with --corpus and --ngrams")
+        if not 0 < self.mlm_probability < 1:
+            raise InputError(f"--mlm_probability must lie between 0 and 1, got {self.mlm_probability}")
+        for name in ("max_batch_tokens", "max_ngrams"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} must be at least 1, got {value}")
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """Hugging Face's arguments; defaults after DNABERT-2's pretraining where the paper is silent."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "default: <work_dir>/<name>/<model>"})
+    num_train_epochs: float = 12.0
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.98
+    adam_epsilon: float = 1e-6
+    warmup_steps: float = 0.06
+    bf16: bool = True
+    logging_steps: float = 10
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 100
+    save_steps: float = 100
+    save_total_limit: int | None = 3
+    # a loss that is not finite must stop the run, not be averaged away
+    logging_nan_inf_filter: bool = False
+
+    def __post_init__(self):
+        defaults = TrainingArguments.__dataclass_fields__
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "auto_find_batch_size"):
+            if getattr(self, name) != defaults[name].default:
+                raise InputError(f"--{name} has no effect: batches are packed by tokens; use --max_batch_tokens")
+        if self.load_best_model_at_end:
+            raise InputError("--load_best_model_at_end is not supported in pretraining: the last model is kept")
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        super().__post_init__()

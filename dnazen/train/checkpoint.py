@@ -1,0 +1,138 @@
+"""Checkpoints that are either whole or absent, and the choice of the one to resume from.
+
+A checkpoint folder is written under a temporary name and renamed when it is complete. Its `checkpoint.json` holds the
+size and SHA-256 of every other file, the position in the data, and what the run must agree with to go on.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from dnazen.files import InputError, read_json, sha256_file, write_json
+
+MANIFEST = "checkpoint.json"
+
+
+def checkpoint_step(path: Path) -> int:
+    """Training step in a checkpoint's name, -1 if it is no checkpoint's name."""
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match.group(1)) if match else -1
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and checkpoint_step(path) >= 0]
+    return sorted(folders, key=checkpoint_step, reverse=True)
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Rename `temporary` to `final`; what stood at `final` goes away only once it is replaced."""
+    old = final.parent / f".{final.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(temporary, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def seal_checkpoint(temporary: Path, final: Path, state: dict[str, Any]) -> None:
+    """Write `checkpoint.json` (`state` and all files' checksums) into `temporary` and rename it to `final`."""
+    files = {
+        str(path.relative_to(temporary)): [path.stat().st_size, sha256_file(path)]
+        for path in sorted(temporary.rglob("*"))
+        if path.is_file()
+    }
+    write_json(temporary / MANIFEST, {**state, "files": files})
+    publish_folder(temporary, final)
+
+
+def rotate_checkpoints(output_dir: Path, limit: int | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`; the newest always stays."""
+    if limit is not None and limit > 0:
+        for path in list_checkpoints(output_dir)[limit:]:
+            shutil.rmtree(path)
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Read `checkpoint.json` and compare every file with it.
+
+    Raises:
+        InputError: a file is missing, cut short or altered; the message names it.
+    """
+    manifest = read_json(path / MANIFEST, "the list of a checkpoint's files, written last")
+    for name, (size, checksum) in manifest["files"].items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            raise InputError(f"{file}: expected {size} bytes, found {'no file' if found is None else f'{found} bytes'}")
+        if sha256_file(file) != checksum:
+            raise InputError(f"{file}: its contents are not those that were saved (SHA-256 differs)")
+    return manifest
+
+
+def find_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and why newer ones were passed over.
+
+    Args:
+        output_dir: the run's folder.
+        resume: a checkpoint's path, or None for the newest whole one in `output_dir`, if any.
+
+    Raises:
+        InputError: the named checkpoint is not whole, or there are checkpoints and none is whole.
+    """
+    if resume is not None:
+        verify_checkpoint(Path(resume))
+        return Path(resume), []
+    problems: list[str] = []
+    for path in list_checkpoints(output_dir):
+        try:
+            verify_checkpoint(path)
+        except InputError as error:
+            problems.append(str(error))
+        else:
+            return path, problems
+    if problems:
+        raise InputError(f"{output_dir}: none of its checkpoints is whole: " + "; ".join(problems))
+    return None, []
+
+
+def check_agreement(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse to resume a run whose data, masking or model differ from the checkpoint's.
+
+    Raises:
+        InputError: names every difference.
+    """
+    differences = [
+        f"{name}: the checkpoint has {saved.get(name)!r}, this run {current.get(name)!r}"
+        for name in sorted(saved.keys() | current.keys())
+        if saved.get(name) != current.get(name)
+    ]
+    if differences:
+        raise InputError(
+            f"{checkpoint} belongs to another run ({'; '.join(differences)}); "
+            "use the same arguments, or another --output_dir"
+        )
+
+
+def convert_to_universal(checkpoint: Path) -> None:
+    """Add DeepSpeed's universal form to a checkpoint, which loads on any number of processes.
+
+    Raises:
+        RuntimeError: the conversion failed; the message ends with its output.
+    """
+    if (checkpoint / "latest_universal").is_file():
+        return
+    tag = (checkpoint / "latest").read_text().strip()
+    target = checkpoint / f"{tag}_universal"
+    shutil.rmtree(target, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(checkpoint / tag), "--output_folder", str(target)]
+    # the launcher's variables would make the converter join this run's process group
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{checkpoint}: conversion to a universal checkpoint failed:\n{result.stderr[-2000:]}")

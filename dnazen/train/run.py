@@ -1,0 +1,221 @@
+"""A pretraining run from its arguments to its report."""
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import HfArgumentParser, TrainerState, set_seed
+
+import dnazen
+from dnazen.data.collator import Masking, PackedCollator, PackedDataset, calibrate_mlm_probability
+from dnazen.data.shards import Corpus
+from dnazen.files import InputError, write_json
+from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
+from dnazen.ngram.vocab import NgramVocabulary, load_ngrams
+from dnazen.train.arguments import DataArguments, PretrainingArguments
+from dnazen.train.checkpoint import find_checkpoint, publish_folder, verify_checkpoint
+from dnazen.train.metrics import Score, baseline_scores, count_tokens, format_scores, plot_loss_curve
+from dnazen.train.prepare import PACKAGED_GENOME, genome_name, prepare_data
+from dnazen.train.trainer import PretrainingTrainer
+
+# the held-out part is masked the same way in every run: plain 15 % of tokens
+HELD_OUT_MASKING = Masking(mlm_probability=0.15, whole_ngram=False, seed=0)
+
+
+def main() -> int:
+    """Run `dnazen/pretrain.py`'s command line; the exit status is 1, with one line on stderr, for unusable input."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        # Trainer's arguments join the process group, so the data is prepared before they are parsed
+        data_args, rest = HfArgumentParser(DataArguments).parse_args_into_dataclasses(return_remaining_strings=True)
+        name = Path(data_args.corpus).resolve().name if data_args.corpus else None
+        if data_args.corpus is None:
+            fasta = data_args.fasta or [str(PACKAGED_GENOME)]
+            name = genome_name(fasta)
+            corpus_dir, ngrams_dir = prepare_data(fasta, Path(data_args.work_dir) / name)
+            data_args.corpus, data_args.ngrams = str(corpus_dir), str(ngrams_dir)
+        (training_args,) = HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses(rest)
+        if training_args.output_dir is None:
+            training_args.output_dir = str(Path(data_args.work_dir) / name / Path(data_args.model).stem)
+        pretrain(data_args, training_args)
+    except (InputError, OSError, FloatingPointError) as error:
+        print(f"dnazen: error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
+    """Train, evaluate, save and report, going on from the newest whole checkpoint in `args.output_dir` if there is one.
+
+    Raises:
+        InputError: corpus, G-grams, model or checkpoint cannot be used together.
+        FloatingPointError: the gradient is no longer finite.
+    """
+    main_process = args.process_index == 0
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # of file writing; training keeps its own
+    set_seed(args.seed)
+    corpus = Corpus.open(data_args.corpus, verify=main_process)
+    vocabulary = load_ngrams(data_args.ngrams, corpus)
+    if data_args.max_ngrams is not None:
+        vocabulary.max_ngrams = data_args.max_ngrams
+    train_dataset, eval_dataset, masking = build_datasets(data_args, args.seed, corpus, vocabulary)
+    config = build_config(data_args, corpus, vocabulary)
+
+    output_dir = Path(args.output_dir)
+    if main_process:
+        for unfinished in output_dir.glob(".checkpoint-*.tmp"):
+            print(f"removing {unfinished}: a checkpoint whose writing was cut off")
+            shutil.rmtree(unfinished)
+    resume = args.resume_from_checkpoint
+    resume = None if str(resume).lower() in ("none", "true", "last", "latest") else resume
+    path, problems = find_checkpoint(output_dir, resume)
+    checkpoint = (path, verify_checkpoint(path)) if path else None
+    model = DNAZenForMaskedLM(config)
+    trainer = PretrainingTrainer(
+        model=model,
+        args=args,
+        processing_class=corpus.tokenizer,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        vocabulary=vocabulary,
+        max_batch_tokens=data_args.max_batch_tokens,
+        checkpoint=checkpoint,
+        agreement={
+            "corpus": corpus.checksum,
+            "ngrams": vocabulary.checksum,
+            "max_ngrams": vocabulary.max_ngrams,
+            "use_ngrams": data_args.use_ngrams,
+            "masking": list(masking),
+            "max_batch_tokens": data_args.max_batch_tokens,
+            "seed": args.seed,
+            "model": {key: value for key, value in config.to_diff_dict().items() if key not in RUNTIME_KEYS},
+        },
+    )
+    if main_process:
+        for problem in problems:
+            print(f"passing over a checkpoint that is not whole: {problem}")
+        print(describe(data_args, args, corpus, vocabulary, masking, trainer, path), flush=True)
+
+    if checkpoint is not None and checkpoint[1]["step"] >= args.max_steps:
+        # nothing is left to train: evaluate what is there
+        trainer.model = trainer.model_wrapped = DNAZenForMaskedLM.from_pretrained(path).to(args.device)
+        trainer.state = TrainerState.load_from_json(str(path / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=str(path) if path else None)
+    metrics = trainer.evaluate()
+    trainer.save_model(str(output_dir / ".final.tmp"))
+    trainer.accelerator.wait_for_everyone()
+    if main_process:
+        publish_folder(output_dir / ".final.tmp", output_dir / "final")
+        report(trainer, metrics, corpus, data_args.model)
+
+
+# what a checkpoint's configuration may differ in from the run that resumes it
+RUNTIME_KEYS = ("impl", "transformers_version", "dtype", "architectures", "_name_or_path")
+
+
+def build_datasets(
+    data_args: DataArguments, seed: int, corpus: Corpus, vocabulary: NgramVocabulary
+) -> tuple[PackedDataset, PackedDataset, Masking]:
+    """Training and held-out split, packed and masked, and the masking that training uses."""
+    masking = Masking(data_args.mlm_probability, data_args.whole_ngram_masking, seed)
+    collator = PackedCollator(corpus.tokenizer, vocabulary, masking, data_args.use_ngrams)
+    train_dataset = PackedDataset(corpus.train, collator)
+    if data_args.mask_target == "effective":
+        drawn = calibrate_mlm_probability(train_dataset, data_args.mlm_probability)
+        collator.masking = masking = masking._replace(mlm_probability=drawn)
+    held_out = PackedCollator(corpus.tokenizer, vocabulary, HELD_OUT_MASKING, data_args.use_ngrams)
+    return train_dataset, PackedDataset(corpus.validation, held_out), masking
+
+
+def build_config(data_args: DataArguments, corpus: Corpus, vocabulary: NgramVocabulary) -> DNAZenConfig:
+    """The model's configuration, with sizes and ids that come from the data."""
+    tokenizer = corpus.tokenizer
+    return DNAZenConfig.from_size(
+        data_args.model,
+        vocab_size=len(tokenizer),
+        ngram_vocab_size=vocabulary.vocab_size,
+        max_ngram_count=vocabulary.max_ngrams,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep", "mask", "unk")},
+    )
+
+
+def describe(
+    data_args: DataArguments,
+    args: PretrainingArguments,
+    corpus: Corpus,
+    vocabulary: NgramVocabulary,
+    masking: Masking,
+    trainer: PretrainingTrainer,
+    checkpoint: Path | None,
+) -> str:
+    """What is about to run, in a few lines; also written to `run.json` beside the weights."""
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(
+        output_dir / "run.json",
+        {
+            "dnazen": dnazen.__version__,
+            "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
+            "command": sys.argv,
+            "data": vars(data_args),
+            "training": args.to_dict(),
+            "model": trainer.model.config.to_diff_dict(),
+            "agreement": trainer.agreement,
+            "world_size": args.world_size,
+        },
+    )
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
+    lines = [
+        f"DNAZEN {Path(data_args.model).stem}: {parameters / 1e6:.1f} M parameters, {'bf16' if args.bf16 else 'fp32'}, "
+        f"{args.world_size} process(es) on {device}, attention {trainer.model.config._attn_implementation}, "
+        f"operators {trainer.model.config.impl}",
+        f"data: {corpus.train.num_tokens:,} tokens in {len(corpus.train):,} sequences, "
+        f"{len(corpus.validation):,} held out; {len(vocabulary.ngrams):,} G-grams",
+        f"masking: {'whole G-grams' if masking.whole_ngram else 'single tokens'}, "
+        f"{100 * masking.mlm_probability:.1f} % of tokens drawn",
+        f"steps: {args.max_steps}, each {trainer.micro_batches_per_step} micro-batch(es) of up to "
+        f"{data_args.max_batch_tokens:,} tokens",
+        f"output: {output_dir}" + (f", resuming from {checkpoint.name}" if checkpoint else ""),
+    ]
+    return "\n".join(lines)
+
+
+def report(trainer: PretrainingTrainer, metrics: dict[str, float], corpus: Corpus, size: str) -> None:
+    """Print and write what came out: scores beside baselines, speed, mask rate, files."""
+    output_dir = Path(trainer.args.output_dir)
+    tokenizer = corpus.tokenizer
+    unigrams, pairs = count_tokens(corpus.train, len(tokenizer))
+    batches = (trainer.eval_dataset[micro_batch][0] for micro_batch in trainer.eval_micro_batches())
+    baselines = baseline_scores(unigrams, pairs, batches, tokenizer.all_special_ids)
+    name = f"DNAZEN {Path(size).stem}"
+    scores = {name: Score(metrics["eval_loss"], metrics["eval_accuracy"]), **baselines}
+    plot_loss_curve(output_dir / "loss_curve.png", trainer.state.log_history, baselines, name)
+    tokens, ordinary, masked, dropped = trainer.totals.tolist()
+    summary: dict[str, Any] = {
+        "step": trainer.state.global_step,
+        "held_out": {row: score._asdict() for row, score in scores.items()},
+        "held_out_masked_tokens": metrics["eval_masked_tokens"],
+        "trained_tokens": tokens,
+        "train_seconds": trainer.train_seconds,
+        "tokens_per_second": tokens / trainer.train_seconds if tokens else None,
+        "effective_mask_rate": masked / ordinary if ordinary else None,
+        "ngrams_cut": dropped,
+    }
+    write_json(output_dir / "report.json", summary)
+    held_out = f"{len(corpus.validation):,} held-out sequences ({metrics['eval_masked_tokens']:,} tokens)"
+    print("\n" + format_scores(scores, held_out))
+    if tokens:
+        print(f"trained on {tokens:,} tokens in {trainer.train_seconds:.0f} s: {tokens / trainer.train_seconds:,.0f} tokens/s")
+        print(f"effective mask rate {100 * masked / ordinary:.1f} %" + (f", {dropped:,} G-grams cut" if dropped else ""))
+    print(f"model: {output_dir / 'final'}\nnewest checkpoint: {output_dir}/checkpoint-{trainer.state.global_step}")
+    print(f"loss curve: {output_dir / 'loss_curve.png'}", flush=True)

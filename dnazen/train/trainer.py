@@ -1,0 +1,271 @@
+"""Hugging Face's Trainer on packed batches, with exact normalisation and exact resume."""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from dnazen.data.collator import PackedDataset
+from dnazen.data.sampler import MicroBatch, MicroBatchSampler, pack_by_budget
+from dnazen.ngram.vocab import NgramVocabulary
+from dnazen.train.checkpoint import check_agreement, convert_to_universal, rotate_checkpoints, seal_checkpoint
+
+Batch = dict[str, torch.Tensor | int]
+
+
+class LogBeforeSaving(TrainerCallback):
+    """A logged loss is a mean since the last log, so a log at each checkpoint makes logs of a resumed run exact."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            control.should_log = True
+        return control
+
+
+class PretrainingTrainer(Trainer):
+    """Trains `DNAZenForMaskedLM` on micro-batches packed to a token budget.
+
+    The loss of a step is the sum over the masked tokens of all its micro-batches on all processes, divided by their
+    number (not a mean of means). Data order and position do not depend on the number of processes.
+
+    Args:
+        train_dataset, eval_dataset: packed splits; the evaluation's masking never changes.
+        vocabulary: saved beside the weights.
+        max_batch_tokens: token budget of a micro-batch.
+        agreement: what a run and the checkpoint it resumes from must have in common.
+        checkpoint: the whole checkpoint to resume from and its manifest, or None.
+        **kwargs: Trainer's own arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_dataset: PackedDataset,
+        eval_dataset: PackedDataset,
+        vocabulary: NgramVocabulary,
+        max_batch_tokens: int,
+        agreement: dict[str, Any],
+        checkpoint: tuple[Path, dict[str, Any]] | None = None,
+        **kwargs,
+    ):
+        super().__init__(train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self.vocabulary, self.max_batch_tokens, self.agreement = vocabulary, max_batch_tokens, agreement
+        self.add_callback(LogBeforeSaving())
+        # our sampler starts at the checkpoint's position, so Trainer must not skip batches by itself
+        self.args.ignore_data_skip = True
+        self.resumed_step = self.resumed_position = 0
+        if checkpoint is not None:
+            path, manifest = checkpoint
+            check_agreement(path, manifest["agreement"], agreement)
+            self.resumed_step, self.resumed_position = manifest["step"], manifest["position"]
+            if self.is_deepspeed_enabled and manifest["world_size"] != self.args.world_size:
+                self._prepare_universal(path)
+        self.sampler = MicroBatchSampler(
+            train_dataset.split.lengths,
+            max_batch_tokens,
+            self.args.seed,
+            start=self.resumed_position,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+        if self.args.max_steps <= 0:
+            self.args.max_steps = self._steps_of(self.args.num_train_epochs)
+        self._staging: Path | None = None
+        self._paused_seconds = 0.0  # time of this logging interval that was not training
+        self._logged_at: float | None = None
+        self._interval = np.zeros(4, dtype=np.int64)  # tokens, ordinary tokens, masked tokens, G-grams cut by the cap
+        self.totals = np.zeros(4, dtype=np.int64)
+        self.train_seconds = 0.0
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches that all processes together take in one optimizer step."""
+        return self.args.world_size * self.args.gradient_accumulation_steps
+
+    def _steps_of(self, epochs: float) -> int:
+        whole = int(epochs)
+        end = self.sampler.end_of_epoch(whole - 1) if whole else 0
+        end += (epochs - whole) * (self.sampler.end_of_epoch(whole) - end)
+        return max(1, int(end) // self.micro_batches_per_step)
+
+    def position(self) -> int:
+        """Micro-batches that all processes together have consumed since the beginning of the run."""
+        return self.resumed_position + (self.state.global_step - self.resumed_step) * self.micro_batches_per_step
+
+    def _loader(self, dataset: PackedDataset, sampler: Any) -> DataLoader:
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            # its own generator: drawing worker seeds must not touch the generator that drop-out uses
+            generator=torch.Generator(),
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_dataset, self.sampler)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor]:
+        """The micro-batches of one step on this process, and the number of masked tokens over all processes."""
+        if self._logged_at is None:
+            self._logged_at = time.perf_counter()
+        batches = []
+        masked = torch.zeros((), dtype=torch.int64)
+        for batch, num_dropped in itertools.islice(epoch_iterator, num_batches):
+            count = (batch["labels"] != -100).sum()
+            tokens = batch["input_ids"].numel()
+            special = 2 * (batch["cu_seqlens"].numel() - 1)
+            self._interval += [tokens, tokens - special, int(count), num_dropped]
+            batches.append(batch)
+            masked += count
+        return batches, self._sum_over_processes(masked)
+
+    def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        value = value.to(self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(value)
+        return value
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns `world_size` times its share of the step's loss."""
+        model.train()
+        loss = model(**self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch).loss
+        # gradients and logged losses are averaged over processes, but the shares must be summed
+        loss = loss * self.args.world_size
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
+        return loss.detach()
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None) -> float:
+        """The gradient's norm before clipping.
+
+        Raises:
+            FloatingPointError: it is not finite. The optimizer has not stepped: without DeepSpeed it steps after
+                this; DeepSpeed skips the step of such a gradient by itself and reports the norm as infinite.
+        """
+        norm = float(super()._get_grad_norm(model, grad_norm))
+        if not math.isfinite(norm) and not self.args.fp16:
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the gradient norm is {norm} (loss since the last log "
+                f"{self._tr_loss.item():g}); stopped before the optimizer step; the last checkpoint in "
+                f"{self.args.output_dir} is good. A lower --learning_rate or more --warmup_steps may help."
+            )
+        return norm
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def eval_micro_batches(self) -> list[MicroBatch]:
+        """The held-out split in its own order, cut by the token budget."""
+        lengths = self.eval_dataset.split.lengths
+        return [MicroBatch(0, run) for run in pack_by_budget(lengths, np.arange(len(lengths)), self.max_batch_tokens)]
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Loss (nats) and accuracy over all masked tokens of the held-out split, the same masking every time."""
+        started = time.perf_counter()
+        model = self.model_wrapped
+        model.eval()
+        micro_batches = self.eval_micro_batches()
+        rank, world_size = self.args.process_index, self.args.world_size
+        rounds = math.ceil(len(micro_batches) / world_size)
+        # processes without a micro-batch in the last round repeat one and count nothing: ZeRO-3 needs them in step
+        mine = [min(index * world_size + rank, len(micro_batches) - 1) for index in range(rounds)]
+        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        for index, (batch, _) in enumerate(self._loader(self.eval_dataset, [micro_batches[i] for i in mine])):
+            batch = self._prepare_inputs(batch)
+            outputs = model(**batch, num_items_in_batch=1)
+            labels = batch["labels"][batch["labels"] != -100]
+            correct = (outputs.logits.argmax(-1) == labels).sum()
+            counts = index * world_size + rank < len(micro_batches)
+            totals += counts * torch.stack([outputs.loss.double(), correct.double(), torch.tensor(len(labels)).to(correct)])
+        loss, correct, masked = self._sum_over_processes(totals).tolist()
+        metrics = {
+            f"{metric_key_prefix}_loss": loss / max(masked, 1),
+            f"{metric_key_prefix}_accuracy": correct / max(masked, 1),
+            f"{metric_key_prefix}_masked_tokens": int(masked),
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._paused_seconds += time.perf_counter() - started
+        return metrics
+
+    # -- logs ---------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the data epoch and, to training logs, unpadded tokens/s of all processes and the effective mask rate."""
+        self.state.epoch = self.sampler.epoch_at(self.position())
+        if "loss" in logs:
+            now = time.perf_counter()
+            seconds = now - self._logged_at - self._paused_seconds
+            counts = self._sum_over_processes(torch.from_numpy(self._interval.copy())).cpu().numpy()
+            tokens, ordinary, masked, dropped = counts.tolist()
+            logs |= {"tokens_per_second": tokens / seconds, "mask_rate": masked / max(ordinary, 1)}
+            if self.vocabulary.max_ngrams is not None:
+                logs["ngrams_cut"] = dropped
+            self.totals += counts
+            self.train_seconds += seconds
+            self._interval[:] = 0
+            self._logged_at, self._paused_seconds = now, 0.0
+        super().log(logs, start_time)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _prepare_universal(self, checkpoint: Path) -> None:
+        if self.is_world_process_zero():
+            convert_to_universal(checkpoint)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.state.deepspeed_plugin.deepspeed_config.setdefault("checkpoint", {})["load_universal"] = True
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or self.args.output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.vocabulary.save_pretrained(output_dir, self.processing_class)
+            # a pickle that nothing here reads; run.json holds the arguments
+            (Path(output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Trainer's checkpoint, written under a temporary name and renamed when it is whole."""
+        started = time.perf_counter()
+        output_dir = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = output_dir / f".{name}.tmp"
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._staging = self._staging, None
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            state = {
+                "format": 1,
+                "step": self.state.global_step,
+                "position": self.position(),
+                "world_size": self.args.world_size,
+                "agreement": self.agreement,
+            }
+            seal_checkpoint(staging / name, output_dir / name, state)
+            staging.rmdir()
+            rotate_checkpoints(output_dir, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+        self._paused_seconds += time.perf_counter() - started

@@ -1,0 +1,47 @@
+"""The definition of the fusion, dense, and its sparse truth; paper section 2.3, eq. (4)."""
+
+import torch
+
+
+def ngram_fusion_dense(
+    hidden_states: torch.Tensor, ngram_hidden_states: torch.Tensor, ngram_position_matrix: torch.Tensor
+) -> torch.Tensor:
+    """`hidden_states[b, s] + sum_g ngram_position_matrix[b, s, g] * ngram_hidden_states[b, g]` on padded input.
+
+    Args:
+        hidden_states: token states `[B, S, H]`.
+        ngram_hidden_states: G-gram states `[B, G, H]`.
+        ngram_position_matrix: 0/1, `[B, S, G]`: which G-grams cover which token.
+
+    Returns:
+        `[B, S, H]` in the dtype of `hidden_states`, accumulated in fp32 (fp64 if any input is fp64).
+    """
+    dtype = accumulation_dtype(hidden_states, ngram_hidden_states)
+    added = torch.einsum("bsg,bgh->bsh", ngram_position_matrix.to(dtype), ngram_hidden_states.to(dtype))
+    return (hidden_states.to(dtype) + added).to(hidden_states.dtype)
+
+
+def ngram_fusion_index_add(
+    hidden_states: torch.Tensor,
+    ngram_hidden_states: torch.Tensor,
+    token_offsets: torch.Tensor,
+    token_ngrams: torch.Tensor,
+) -> torch.Tensor:
+    """The same sum on packed input, one edge at a time: `out[t] += ngram_hidden_states[j]` for every edge (t, j).
+
+    Args:
+        hidden_states: `[T, H]`.
+        ngram_hidden_states: `[N, H]`.
+        token_offsets, token_ngrams: `[T + 1]` and `[E]`; token t is covered by the G-grams
+            `token_ngrams[token_offsets[t]:token_offsets[t + 1]]`.
+    """
+    dtype = accumulation_dtype(hidden_states, ngram_hidden_states)
+    tokens = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+    edge_tokens = tokens.repeat_interleave(token_offsets.diff(), output_size=token_ngrams.shape[0])
+    edge_states = ngram_hidden_states.to(dtype)[token_ngrams]
+    return hidden_states.to(dtype).index_add(0, edge_tokens, edge_states).to(hidden_states.dtype)
+
+
+def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """fp64 if any tensor is fp64, else fp32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

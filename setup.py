@@ -1,0 +1,37 @@
+"""Packaging of DNAZEN: `dnazen/` as it is, `kernels/` under the import name `dnazen_kernels`."""
+
+from setuptools import find_packages, setup
+
+# `transformers` probes for a package called `kernels`, so ours is installed under another name.
+KERNELS = "dnazen_kernels"
+kernel_packages = [KERNELS] + [f"{KERNELS}.{name}" for name in find_packages("kernels")]
+
+setup(
+    name="dnazen",
+    version="0.1.0",
+    description="Pretraining and fine-tuning of DNAZEN, a DNA language model with G-grams",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["dnazen", "dnazen.*"]) + kernel_packages,
+    package_dir={KERNELS: "kernels"},
+    package_data={"dnazen.data": ["genomes/*.fna.gz"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "deepspeed>=0.19",
+        "transformers>=5.14,<6",
+        "tokenizers>=0.22",
+        "numpy>=1.26",
+        "accelerate>=1.10",
+        "safetensors>=0.5",
+        "dnaio>=1.2",
+        "matplotlib>=3.8",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.8"],
+        "flash4": ["flash-attn-4>=4.0.0b36"],
+        "test": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.100"],
+    },
+    entry_points={"console_scripts": ["dnazen = dnazen.cli.main:main"]},
+)
