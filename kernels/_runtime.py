@@ -4,11 +4,7 @@ IMPLEMENTATIONS = ("auto", "reference")
 
 
 def resolve_impl(impl: str) -> str:
-    """Return `impl` if it names an implementation: "auto" (the best that runs here) or "reference" (the definition).
-
-    Raises:
-        ValueError: any other name.
-    """
+    """Return `impl`: "auto" (the best that runs here) or "reference" (the definition); ValueError otherwise."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
     return impl

@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except (InputError, OSError) as error:
-        print(f"dnazen: error: {error}", file=sys.stderr)
+        # A full disk names no file.
+        place = f"{args.output_dir}: " if isinstance(error, OSError) and error.filename is None else ""
+        print(f"dnazen: error: {place}{error}", file=sys.stderr)
         return 1
     return 0
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -63,14 +63,6 @@ def find_clean_runs(sequence: str) -> list[tuple[int, int]]:
     return [match.span() for match in _CLEAN_RUN.finditer(sequence)]
 
 
-def read_clean_runs(paths: Iterable[str | PathLike]) -> Iterator[str]:
-    """Read the runs of A, C, G and T of several FASTA files, in order; errors as in `read_fasta`."""
-    for path in paths:
-        for record in read_fasta(path):
-            for start, end in find_clean_runs(record.sequence):
-                yield record.sequence[start:end]
-
-
 def reverse_complement(sequence: str) -> str:
     """Complement every base (IUPAC codes included) and reverse their order: the other strand, 5' to 3'."""
     return sequence.translate(_COMPLEMENT)[::-1]
@@ -78,10 +70,8 @@ def reverse_complement(sequence: str) -> str:
 
 def _parse(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (header, letters) of each record; every failure of opening, decompressing or parsing is an InputError."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file; expected FASTA")
     if not path.is_file():
-        raise InputError(f"{path}: not a regular file; expected FASTA")
+        raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}; expected FASTA")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty; expected FASTA")
     try:

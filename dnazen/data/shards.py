@@ -1,11 +1,10 @@
 """The corpus on disk: FASTA files cut into clean pieces and tokenized, as memory-mapped shards with a manifest.
 
-A corpus is a folder with `manifest.json`, a copy of its tokenizer in `tokenizer/`, and shards `train-00000`,
-`train-00001`, ..., `validation-00000`, ... of three .npy files each: `.tokens` (uint16, no special tokens), `.offsets`
-(int64, one more than sequences) and `.pieces` (where each sequence comes from). Records are numbered over all files.
+A corpus is a folder with `manifest.json`, a copy of its tokenizer in `tokenizer/`, and shards `train-00000`, ...,
+`validation-00000`, ... of three .npy files each: `.tokens` (uint16, no special tokens), `.offsets` (int64, one more
+than sequences) and `.pieces` (`PIECE_DTYPE`: where each sequence comes from). Records are numbered over all files.
 """
 
-import contextlib
 import itertools
 import math
 import os
@@ -19,17 +18,18 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from dnazen import __version__
-from dnazen.data.fasta import FastaRecord, find_clean_runs, read_fasta, reverse_complement
-from dnazen.data.tokenizer import load_tokenizer, tokenizer_checksum
+from dnazen.data.fasta import FastaRecord, find_clean_runs, read_fasta
+from dnazen.data.fasta import reverse_complement as to_reverse_complement
+from dnazen.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_checksum
 from dnazen.files import InputError, atomic_directory, read_json, sha256_file, write_json
 
 FORMAT = "dnazen-corpus"
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
-# Provenance of a sequence: bases [start, start + length) of the record, from the other strand if `reverse`.
+# Bases [start, start + length) of the record; their reverse complement if `reverse`.
 PIECE_DTYPE = np.dtype([("record", "<i4"), ("start", "<i8"), ("length", "<i4"), ("reverse", "i1")])
-_PART_DTYPES = {"tokens": np.dtype("<u2"), "offsets": np.dtype("<i8"), "pieces": PIECE_DTYPE}
-# DNABERT-2's protocol: a sequence of n bases becomes about n / 4 tokens.
+_DTYPES = {"tokens": np.dtype("<u2"), "offsets": np.dtype("<i8"), "pieces": PIECE_DTYPE}
+# DNABERT-2's protocol counts on n / 4 tokens in a sequence of n bases.
 _BASES_PER_TOKEN = 4
 _CHUNK_PIECES = 1024
 _COUNTS = ("length", "pieces", "bases", "dropped_short", "dropped_bases", "cut_runs", "cut_bases")
@@ -43,12 +43,10 @@ class _Piece(NamedTuple):
     split: str
 
     def halve(self) -> tuple["_Piece", "_Piece"]:
-        """Cut between the bases; on the reverse strand the first half lies further along the record."""
-        middle = len(self.bases) // 2
-        first, second = self.bases[:middle], self.bases[middle:]
-        first_start = self.start + len(second) if self.reverse else self.start
-        second_start = self.start if self.reverse else self.start + middle
-        return self._replace(start=first_start, bases=first), self._replace(start=second_start, bases=second)
+        """Cut in the middle; on the reverse strand the first half lies further along the record."""
+        first, second = self.bases[: len(self.bases) // 2], self.bases[len(self.bases) // 2 :]
+        starts = (self.start + len(second), self.start) if self.reverse else (self.start, self.start + len(first))
+        return self._replace(start=starts[0], bases=first), self._replace(start=starts[1], bases=second)
 
 
 def build_corpus(
@@ -65,46 +63,30 @@ def build_corpus(
 ) -> dict[str, Any]:
     """Clean and tokenize FASTA files into a corpus folder; return its manifest.
 
-    Runs of A, C, G, T are cut into pieces of `4 * max_tokens` bases; those under `min_length` bases are dropped. A piece
-    of more than `max_tokens` tokens is halved until none is, each half tokenized by itself. Forward pieces are numbered
-    over all files, and number i is for validation iff `floor((i + 1) f + 0.5) > floor(i f + 0.5)`, its halves and reverse
-    complement with it. The bytes written depend on neither `num_workers` (threads; default: every core) nor chance, and
-    memory on one record, not on the corpus.
+    Runs of A, C, G, T are cut into pieces of `4 * max_tokens` bases; those under `min_length` bases are dropped. A
+    piece of more than `max_tokens` tokens is halved until none is, each half tokenized by itself. Pieces are numbered
+    over all files, and number i is held out for validation iff `floor((i + 1) f + 0.5) > floor(i f + 0.5)`, its
+    halves and reverse complement with it. The bytes written do not depend on `num_workers` (threads; default: every
+    core), nor the memory used on the corpus, only on its longest record and one shard (2 bytes a token) per split.
 
     Raises:
         InputError: a parameter is out of range, `output_dir` has something in it, a file is given twice or is not
             FASTA, the tokenizer does not spell a piece, or a split would be empty. Nothing is left behind.
     """
-    piece_length = _BASES_PER_TOKEN * max_tokens
-    _check_parameters(max_tokens, min_length, piece_length, validation_fraction, num_workers, shard_tokens)
-    # len() counts added tokens, whose ids may lie beyond the model's.
-    if len(tokenizer) > 2**16:
-        raise InputError(f"the tokenizer has {len(tokenizer)} tokens; expected at most {2**16}, to fit uint16")
+    size = _BASES_PER_TOKEN * max_tokens
+    for name, value, is_valid, expected in (
+        ("max_tokens", max_tokens, max_tokens >= 1, "1 or more"),
+        ("min_length", min_length, 1 <= min_length <= size, f"1 to {size} bases ({_BASES_PER_TOKEN} * max_tokens)"),
+        ("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "more than 0 and less than 1"),
+        ("num_workers", num_workers, num_workers is None or num_workers >= 1, "1 or more"),
+        ("tokenizer", len(tokenizer), len(tokenizer) <= 2**16, f"at most {2**16} tokens, to fit uint16"),
+    ):
+        if not is_valid:
+            raise InputError(f"{name}: expected {expected}, found {value}")
     if num_workers is not None:
         os.environ["TOKENIZERS_PARALLELISM"] = "true" if num_workers > 1 else "false"
         os.environ["RAYON_NUM_THREADS"] = str(num_workers)
-    with _naming_directory(output_dir), atomic_directory(output_dir) as directory, contextlib.ExitStack() as stack:
-        sources = _describe_sources(fasta_paths)
-        totals: dict[str, Any] = {"files": len(sources), "records": 0, **dict.fromkeys(_COUNTS, 0), "pieces_split": 0}
-        validation: list[list[int]] = []
-        writers = {split: stack.enter_context(_SplitWriter(directory, split, shard_tokens)) for split in SPLITS}
-        pieces = _cut_files(
-            fasta_paths, sources, totals, validation, piece_length, min_length, validation_fraction, reverse_complement
-        )
-        spelled = _spelled_bases(tokenizer)
-        with tqdm(desc="tokenizing", unit=" bases", unit_scale=True) as progress:
-            while chunk := list(itertools.islice(pieces, _CHUNK_PIECES)):
-                sequences = 0
-                for piece, ids in _tokenize(chunk, tokenizer, max_tokens, spelled):
-                    writers[piece.split].append(piece, ids)
-                    sequences += 1
-                totals["pieces_split"] += sequences - len(chunk)
-                progress.update(sum(len(piece.bases) for piece in chunk))
-        _check_splits(totals, validation, validation_fraction, min_length)
-        shards = [shard for writer in writers.values() for shard in writer.finish()]
-        for split, writer in writers.items():
-            totals[split] = {"sequences": writer.sequences, "tokens": writer.tokens, "bases": writer.bases}
-        tokenizer.save_pretrained(directory / "tokenizer")
+    with atomic_directory(output_dir) as directory:
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -113,15 +95,17 @@ def build_corpus(
             "parameters": {
                 "max_tokens": max_tokens,
                 "min_length": min_length,
-                "piece_length": piece_length,
+                "piece_length": size,
                 "reverse_complement": reverse_complement,
                 "validation_fraction": validation_fraction,
             },
-            "totals": totals,
-            "sources": sources,
-            "shards": shards,
-            "validation": validation,
+            "totals": {"records": 0, **dict.fromkeys(_COUNTS, 0), "pieces_split": 0},
+            "sources": _describe_sources(fasta_paths),
+            "shards": [],
+            "validation": [],
         }
+        _write_shards(directory, manifest, fasta_paths, tokenizer, shard_tokens)
+        save_tokenizer(tokenizer, directory / "tokenizer")
         write_json(directory / "manifest.json", manifest)
     return manifest
 
@@ -132,35 +116,29 @@ def summarize(manifest: dict[str, Any]) -> str:
     train, validation = totals["train"], totals["validation"]
     tokens, bases = train["tokens"] + validation["tokens"], train["bases"] + validation["bases"]
     strands = "both strands" if parameters["reverse_complement"] else "one strand"
-    return "\n".join(
-        [
-            f"files       {totals['files']:,} with {totals['records']:,} records, {totals['length']:,} bases",
-            f"cut out     {totals['cut_bases']:,} bases other than A, C, G, T, in {totals['cut_runs']:,} runs",
-            f"dropped     {totals['dropped_short']:,} pieces under {parameters['min_length']:,} bases, "
-            f"{totals['dropped_bases']:,} bases in all",
-            f"kept        {totals['pieces']:,} pieces of at most {parameters['piece_length']:,} bases, "
-            f"{totals['bases']:,} bases in all, {strands}",
-            f"halved      {totals['pieces_split']:,} times, for more than {parameters['max_tokens']:,} tokens in a piece",
-            f"tokens      {tokens:,}, {bases / tokens:.2f} bases a token",
-            f"train       {train['sequences']:,} sequences, {train['tokens']:,} tokens",
-            f"validation  {validation['sequences']:,} sequences, {validation['tokens']:,} tokens, "
-            f"of {len(manifest['validation']):,} held-out pieces",
-        ]
-    )
+    return f"""\
+files       {len(manifest["sources"])}, with {totals["records"]:,} records, {totals["length"]:,} bases
+cut out     {totals["cut_bases"]:,} bases other than A, C, G, T, in {totals["cut_runs"]:,} runs
+dropped     {totals["dropped_bases"]:,} bases, in {totals["dropped_short"]:,} pieces under {parameters["min_length"]}
+kept        {totals["bases"]:,} bases, in {totals["pieces"]:,} pieces of at most {parameters["piece_length"]}; {strands}
+halved      {totals["pieces_split"]:,} times, a piece of more than {parameters["max_tokens"]} tokens
+tokens      {tokens:,}, {bases / tokens:.2f} bases a token
+train       {train["sequences"]:,} sequences, {train["tokens"]:,} tokens
+validation  {validation["sequences"]:,} sequences, {validation["tokens"]:,} tokens"""
 
 
 class TokenSplit:
     """The sequences of one split, memory-mapped: `split[i]` is a read-only uint16 view of sequence i's tokens.
 
-    `lengths` is int64 `[n]` in tokens; `shards` lists (tokens, offsets) and `pieces` the `PIECE_DTYPE` array of each shard.
+    `lengths` is int64 `[n]`, in tokens; `shards` lists (tokens, offsets), and `pieces` the provenance, of each shard.
     """
 
-    def __init__(self, shards: list[tuple[np.ndarray, np.ndarray]], pieces: list[np.ndarray]):
-        self.shards = shards
-        self.pieces = pieces
-        self.lengths = np.concatenate([np.diff(offsets) for _, offsets in shards])
+    def __init__(self, shards: Sequence[dict[str, np.ndarray]]):
+        self.shards = [(shard["tokens"], shard["offsets"]) for shard in shards]
+        self.pieces = [shard["pieces"] for shard in shards]
+        self.lengths = np.concatenate([np.diff(offsets) for _, offsets in self.shards])
         self.num_tokens = int(self.lengths.sum())
-        self._first = np.cumsum([0] + [len(offsets) - 1 for _, offsets in shards])
+        self._first = np.cumsum([0] + [len(pieces) for pieces in self.pieces])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -177,13 +155,19 @@ class TokenSplit:
 class Corpus:
     """A corpus folder opened for reading; `checksum` is the SHA-256 of its manifest."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], tokenizer: PreTrainedTokenizerFast, **splits: TokenSplit):
+    def __init__(self, path: Path, manifest: dict[str, Any], verify: bool):
         self.path = path
         self.manifest = manifest
         self.checksum = sha256_file(path / "manifest.json")
-        self.tokenizer = tokenizer
-        self.train = splits["train"]
-        self.validation = splits["validation"]
+        self.tokenizer = load_tokenizer(path / "tokenizer")
+        if tokenizer_checksum(self.tokenizer) != manifest["tokenizer"]["checksum"]:
+            raise InputError(f"{path / 'tokenizer'}: altered; it is not the tokenizer that the corpus was made with")
+        opened: dict[str, list[dict[str, np.ndarray]]] = {split: [] for split in SPLITS}
+        for shard in manifest["shards"]:
+            opened[shard["split"]].append(_open_shard(path, shard, verify))
+        if not all(opened.values()):
+            raise InputError(f"{path / 'manifest.json'}: altered; expected shards of {' and '.join(SPLITS)}")
+        self.train, self.validation = (TokenSplit(opened[split]) for split in SPLITS)
 
     @classmethod
     def open(cls, path: str | PathLike, verify: bool = True) -> "Corpus":
@@ -195,282 +179,167 @@ class Corpus:
         """
         path = Path(path)
         manifest = read_json(path / "manifest.json", "the manifest of a corpus (made by `dnazen corpus`)")
-        if manifest.get("format") != FORMAT:
-            raise InputError(f"{path}: not a corpus; expected 'format': '{FORMAT}' in its manifest.json")
-        if manifest.get("format_version") != FORMAT_VERSION:
-            found = manifest.get("format_version")
-            raise InputError(f"{path}: expected a corpus of format version {FORMAT_VERSION}, found {found}; build it anew")
+        found = (manifest.get("format"), manifest.get("format_version"))
+        if found != (FORMAT, FORMAT_VERSION):
+            expected = f"{FORMAT} of version {FORMAT_VERSION}"
+            raise InputError(f"{path}: expected {expected}, found {found[0]} of version {found[1]}; build it anew")
         try:
-            expected_tokenizer = manifest["tokenizer"]["checksum"]
-            shards = [(s["split"], s["name"], s["sequences"], s["tokens"], s["files"]) for s in manifest["shards"]]
+            return cls(path, manifest, verify)
         except (KeyError, TypeError) as error:
-            raise InputError(f"{path / 'manifest.json'}: altered; {error} is missing or of another type") from error
-        tokenizer = load_tokenizer(path / "tokenizer")
-        if tokenizer_checksum(tokenizer) != expected_tokenizer:
-            raise InputError(f"{path / 'tokenizer'}: altered; it is not the tokenizer that the corpus was made with")
-        parts: dict[str, list[dict[str, np.ndarray]]] = {split: [] for split in SPLITS}
-        for split, name, sequences, tokens, checksums in shards:
-            parts[split].append(_open_shard(path, name, sequences, tokens, checksums, verify))
-        splits = {
-            split: TokenSplit([(s["tokens"], s["offsets"]) for s in opened], [s["pieces"] for s in opened])
-            for split, opened in parts.items()
-        }
-        return cls(path, manifest, tokenizer, **splits)
-
-
-def _check_parameters(
-    max_tokens: int,
-    min_length: int,
-    piece_length: int,
-    validation_fraction: float,
-    num_workers: int | None,
-    shard_tokens: int,
-) -> None:
-    if max_tokens < 1:
-        raise InputError(f"max_tokens: expected 1 or more, found {max_tokens}")
-    if not 1 <= min_length <= piece_length:
-        raise InputError(f"min_length: expected 1 to {piece_length} bases (4 * max_tokens), found {min_length}")
-    if not 0 < validation_fraction < 1:
-        raise InputError(f"validation_fraction: expected more than 0 and less than 1, found {validation_fraction}")
-    if num_workers is not None and num_workers < 1:
-        raise InputError(f"num_workers: expected 1 or more, found {num_workers}")
-    if shard_tokens < 1:
-        raise InputError(f"shard_tokens: expected 1 or more, found {shard_tokens}")
-
-
-@contextlib.contextmanager
-def _naming_directory(directory: str | PathLike) -> Iterator[None]:
-    """Add the directory to errors of the system that name no file: a full disk, above all."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, os.fspath(directory)) from error
+            raise InputError(f"{path / 'manifest.json'}: altered; {error!r}") from error
 
 
 def _describe_sources(fasta_paths: Sequence[str | PathLike]) -> list[dict[str, Any]]:
-    if not fasta_paths:
-        raise InputError("no FASTA file given")
-    sources: list[dict[str, Any]] = []
-    seen: dict[str, Path] = {}
+    sources: dict[str, dict[str, Any]] = {}
     for path in map(Path, fasta_paths):
         if not path.is_file():
             raise InputError(f"{path}: no such file; expected FASTA")
         checksum = sha256_file(path)
-        if checksum in seen:
-            raise InputError(f"{path}: the same file as {seen[checksum]}; held-out sequences would be trained on")
-        seen[checksum] = path
-        sources.append({"path": path.name, "sha256": checksum, "bytes": path.stat().st_size, "records": []})
-    return sources
+        if checksum in sources:
+            raise InputError(f"{path}: given twice (or a copy), so that held-out sequences would be trained on")
+        sources[checksum] = {"path": path.name, "sha256": checksum, "bytes": path.stat().st_size, "records": []}
+    return list(sources.values())
 
 
-def _cut_record(record: FastaRecord, piece_length: int, min_length: int) -> tuple[list[tuple[int, int]], dict[str, Any]]:
-    """Cut a record into pieces `[start, end)`; with the counts of what was kept, dropped and cut out."""
+def _write_shards(
+    directory: Path,
+    manifest: dict[str, Any],
+    fasta_paths: Sequence[str | PathLike],
+    tokenizer: PreTrainedTokenizerFast,
+    shard_tokens: int,
+) -> None:
+    """Write all sequences, and fill in what the manifest says of them."""
+    totals, max_tokens = manifest["totals"], manifest["parameters"]["max_tokens"]
+    spelling = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    shards = {split: _Shard(split, 0) for split in SPLITS}
+    pieces = _cut_files(fasta_paths, manifest)
+    with tqdm(desc="tokenizing", unit=" bases", unit_scale=True) as progress:
+        while chunk := list(itertools.islice(pieces, _CHUNK_PIECES)):
+            totals["pieces_split"] -= len(chunk)
+            for piece, ids in _tokenize(chunk, tokenizer, spelling, max_tokens):
+                totals["pieces_split"] += 1
+                shard = shards[piece.split]
+                if shard.pieces and shard.offsets[-1] + len(ids) > shard_tokens:
+                    manifest["shards"].append(shard.write(directory))
+                    shard = shards[piece.split] = _Shard(piece.split, shard.number + 1)
+                shard.append(piece, ids)
+            progress.update(sum(len(piece.bases) for piece in chunk))
+    held_out = len(manifest["validation"])
+    training = totals["pieces"] - held_out
+    if not held_out or not training:
+        raise InputError(
+            "validation_fraction {validation_fraction} and min_length {min_length}".format(**manifest["parameters"])
+            + f" left {training} pieces to train on and {held_out} to validate on; expected 1 or more of each: change "
+            "the fraction, lower min_length or add sequence"
+        )
+    manifest["shards"] += [shard.write(directory) for shard in shards.values()]
+    manifest["shards"].sort(key=lambda shard: shard["name"])
+    for split in SPLITS:
+        described = [shard for shard in manifest["shards"] if shard["split"] == split]
+        totals[split] = {key: sum(shard[key] for shard in described) for key in ("sequences", "tokens", "bases")}
+
+
+def _cut_files(fasta_paths: Sequence[str | PathLike], manifest: dict[str, Any]) -> Iterator[_Piece]:
+    """Yield every kept piece, and fill in what the manifest says of records, totals and held-out pieces."""
+    totals, parameters = manifest["totals"], manifest["parameters"]
+    fraction = parameters["validation_fraction"]
+    for path, source in zip(fasta_paths, manifest["sources"]):
+        for record in read_fasta(path):
+            ordinal, number = totals["pieces"], totals["records"]
+            spans, entry = _cut_record(record, parameters["piece_length"], parameters["min_length"])
+            source["records"].append(entry)
+            totals["records"] += 1
+            for count in _COUNTS:
+                totals[count] += entry[count]
+            for i, (start, end) in enumerate(spans, ordinal):
+                is_held_out = math.floor((i + 1) * fraction + 0.5) > math.floor(i * fraction + 0.5)
+                if is_held_out:
+                    manifest["validation"].append([number, start, end])
+                bases = record.sequence[start:end]
+                yield _Piece(number, start, bases, False, SPLITS[is_held_out])
+                if parameters["reverse_complement"]:
+                    yield _Piece(number, start, to_reverse_complement(bases), True, SPLITS[is_held_out])
+
+
+def _cut_record(record: FastaRecord, size: int, min_length: int) -> tuple[list[tuple[int, int]], dict[str, Any]]:
+    """Cut a record into pieces `[start, end)` of `size` bases; count what was kept, dropped and cut out."""
     runs = find_clean_runs(record.sequence)
-    spans = [
-        (start, min(start + piece_length, run_end))
-        for run_start, run_end in runs
-        for start in range(run_start, run_end, piece_length)
-    ]
+    spans = [(start, min(start + size, end)) for first, end in runs for start in range(first, end, size)]
     kept = [(start, end) for start, end in spans if end - start >= min_length]
     length = len(record.sequence)
     clean_bases = sum(end - start for start, end in runs)
     kept_bases = sum(end - start for start, end in kept)
-    # Between two clean runs there is one other; the ends of the record may add one each.
+    # What is not clean lies between clean runs, and may lie before the first and behind the last.
     cut_runs = len(runs) - 1 + (runs[0][0] > 0) + (runs[-1][1] < length) if runs else 1
-    counts = (length, len(kept), kept_bases, len(spans) - len(kept), clean_bases - kept_bases, cut_runs)
-    return kept, {"name": record.name, **dict(zip(_COUNTS, (*counts, length - clean_bases)))}
-
-
-def _cut_files(
-    fasta_paths: Sequence[str | PathLike],
-    sources: list[dict[str, Any]],
-    totals: dict[str, Any],
-    validation: list[list[int]],
-    piece_length: int,
-    min_length: int,
-    validation_fraction: float,
-    both_strands: bool,
-) -> Iterator[_Piece]:
-    """Yield every kept piece, and fill in what the manifest says of sources, totals and held-out pieces."""
-    ordinals = itertools.count()
-    for path, source in zip(fasta_paths, sources):
-        for record in read_fasta(path):
-            spans, entry = _cut_record(record, piece_length, min_length)
-            number = totals["records"]
-            totals["records"] += 1
-            source["records"].append(entry)
-            for count in _COUNTS:
-                totals[count] += entry[count]
-            for start, end in spans:
-                ordinal = next(ordinals)
-                rounded = (math.floor(i * validation_fraction + 0.5) for i in (ordinal, ordinal + 1))
-                is_held_out = next(rounded) < next(rounded)
-                if is_held_out:
-                    validation.append([number, start, end])
-                piece = _Piece(number, start, record.sequence[start:end], False, SPLITS[is_held_out])
-                yield piece
-                if both_strands:
-                    yield piece._replace(bases=reverse_complement(piece.bases), reverse=True)
-
-
-def _spelled_bases(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Bases that each token id spells; 0 for tokens of anything but A, C, G, T."""
-    bases = np.zeros(2**16, dtype=np.int64)
-    for token, token_id in tokenizer.get_vocab().items():
-        if not token.strip("ACGT"):
-            bases[token_id] = len(token)
-    return bases
+    kept_counts = (len(kept), kept_bases, len(spans) - len(kept), clean_bases - kept_bases)
+    return kept, {"name": record.name, **dict(zip(_COUNTS, (length, *kept_counts, cut_runs, length - clean_bases)))}
 
 
 def _tokenize(
-    pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerFast, max_tokens: int, spelled: np.ndarray
-) -> Iterator[tuple[_Piece, np.ndarray]]:
+    pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerFast, spelling: dict[int, str], max_tokens: int
+) -> Iterator[tuple[_Piece, list[int]]]:
     """Yield each piece, or the halves of one that is too long, with its token ids."""
     texts = [piece.bases for piece in pieces]
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     for piece, encoding in zip(pieces, encodings):
-        ids = np.array(encoding.ids, dtype=np.int64)
-        bases = spelled[ids]
-        if not bases.all() or bases.sum() != len(piece.bases):
-            found = [token for token, count in zip(encoding.tokens, bases) if count == 0] or encoding.tokens[:5]
+        ids = encoding.ids
+        tokens = list(map(spelling.get, ids))
+        if "".join(tokens) != piece.bases:
             raise InputError(
-                f"the tokenizer does not spell {piece.bases[:20]}... (record {piece.record}, base {piece.start}) in "
-                f"tokens of A, C, G, T; found {found[0] if found else 'no tokens'}"
+                f"the tokenizer does not spell every run of A, C, G, T: {piece.bases[:20]}... (record {piece.record}, "
+                f"base {piece.start}) became {' '.join(tokens[:5]) or 'nothing'}..."
             )
         if len(ids) <= max_tokens:
             yield piece, ids
         else:
-            yield from _tokenize(piece.halve(), tokenizer, max_tokens, spelled)
+            yield from _tokenize(piece.halve(), tokenizer, spelling, max_tokens)
 
 
-def _check_splits(
-    totals: dict[str, Any], validation: list[list[int]], validation_fraction: float, min_length: int
-) -> None:
-    pieces = totals["pieces"]
-    if pieces == 0:
-        raise InputError(
-            f"no piece of at least {min_length} bases of A, C, G, T in {totals['records']} records of "
-            f"{totals['length']} bases ({totals['cut_bases']} of them other codes); lower min_length or add sequence"
-        )
-    if pieces == 1:
-        raise InputError("only 1 piece was kept, and training and validation need one each; add sequence or lower max_tokens")
-    if not validation:
-        needed = math.ceil(50000 / pieces) / 100000
-        raise InputError(
-            f"validation_fraction {validation_fraction} of {pieces} pieces is no piece; expected at least {needed}, "
-            "or more sequence"
-        )
-    if len(validation) == pieces:
-        raise InputError(f"validation_fraction {validation_fraction} of {pieces} pieces leaves none to train on; lower it")
+class _Shard:
+    """Sequences of one split, gathered until there are enough for a shard."""
+
+    def __init__(self, split: str, number: int):
+        self.split = split
+        self.number = number
+        self.tokens = bytearray()
+        self.offsets = [0]
+        self.pieces: list[tuple[int, int, int, bool]] = []
+
+    def append(self, piece: _Piece, ids: list[int]) -> None:
+        self.tokens += np.array(ids, dtype=_DTYPES["tokens"]).tobytes()
+        self.offsets.append(self.offsets[-1] + len(ids))
+        self.pieces.append((piece.record, piece.start, len(piece.bases), piece.reverse))
+
+    def write(self, directory: Path) -> dict[str, Any]:
+        """Write the shard's files; return what the manifest says of it."""
+        name = f"{self.split}-{self.number:05d}"
+        files = {}
+        for part, dtype in _DTYPES.items():
+            values = getattr(self, part)
+            array = np.frombuffer(values, dtype) if part == "tokens" else np.array(values, dtype)
+            path = directory / f"{name}.{part}.npy"
+            # Not np.save: its error of a full disk has no errno.
+            with path.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+                file.write(array.data)
+            files[path.name] = sha256_file(path)
+        bases = sum(length for _, _, length, _ in self.pieces)
+        counts = {"sequences": len(self.pieces), "tokens": self.offsets[-1], "bases": bases}
+        return {"split": self.split, "name": name, **counts, "files": files}
 
 
-class _NpyStream:
-    """A one-dimensional .npy file written as it grows; the header gets its length at the end."""
-
-    def __init__(self, path: Path, dtype: np.dtype):
-        self.path = path
-        self._dtype = dtype
-        self._items = 0
-        self._file = path.open("wb")
-        self._write_header()
-
-    def append(self, array: np.ndarray) -> None:
-        self._items += len(array)
-        self._file.write(array.astype(self._dtype).tobytes())
-
-    def finish(self) -> str:
-        """Close the file and return its SHA-256."""
-        self._file.seek(0)
-        self._write_header()
-        self._file.close()
-        return sha256_file(self.path)
-
-    def close(self) -> None:
-        # After an error the file is thrown away, and flushing it could fail once more.
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-    def _write_header(self) -> None:
-        # numpy pads this header so that it keeps its size when the first axis grows.
-        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._items,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-
-class _SplitWriter:
-    """Writes the sequences of one split into shards of at most `shard_tokens` tokens (one sequence at least)."""
-
-    def __init__(self, directory: Path, split: str, shard_tokens: int):
-        self.sequences = self.tokens = self.bases = 0
-        self._directory = directory
-        self._split = split
-        self._shard_tokens = shard_tokens
-        self._streams: dict[str, _NpyStream] = {}
-        self._shards: list[dict[str, Any]] = []
-
-    def __enter__(self) -> "_SplitWriter":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for stream in self._streams.values():
-            stream.close()
-
-    def append(self, piece: _Piece, ids: np.ndarray) -> None:
-        if self._streams and self._shards[-1]["tokens"] + len(ids) > self._shard_tokens:
-            self._finish_shard()
-        if not self._streams:
-            self._start_shard()
-        shard = self._shards[-1]
-        shard["sequences"] += 1
-        shard["tokens"] += len(ids)
-        self._streams["tokens"].append(ids)
-        self._streams["offsets"].append(np.array([shard["tokens"]]))
-        row = (piece.record, piece.start, len(piece.bases), piece.reverse)
-        self._streams["pieces"].append(np.array([row], dtype=PIECE_DTYPE))
-        self.sequences += 1
-        self.tokens += len(ids)
-        self.bases += len(piece.bases)
-
-    def finish(self) -> list[dict[str, Any]]:
-        """Close the last shard and describe all of them."""
-        if self._streams:
-            self._finish_shard()
-        return self._shards
-
-    def _start_shard(self) -> None:
-        name = f"{self._split}-{len(self._shards):05d}"
-        self._shards.append({"split": self._split, "name": name, "sequences": 0, "tokens": 0, "files": {}})
-        for part, dtype in _PART_DTYPES.items():
-            self._streams[part] = _NpyStream(self._directory / f"{name}.{part}.npy", dtype)
-        self._streams["offsets"].append(np.array([0]))
-
-    def _finish_shard(self) -> None:
-        for stream in self._streams.values():
-            self._shards[-1]["files"][stream.path.name] = stream.finish()
-        self._streams = {}
-
-
-def _open_shard(
-    directory: Path, name: str, sequences: int, tokens: int, checksums: dict[str, str], verify: bool
-) -> dict[str, np.ndarray]:
-    expected_items = {"tokens": tokens, "offsets": sequences + 1, "pieces": sequences}
+def _open_shard(directory: Path, shard: dict[str, Any], verify: bool) -> dict[str, np.ndarray]:
+    items = {"tokens": shard["tokens"], "offsets": shard["sequences"] + 1, "pieces": shard["sequences"]}
     arrays = {}
-    for part, items in expected_items.items():
-        file = directory / f"{name}.{part}.npy"
-        if not file.is_file():
-            raise InputError(f"{file}: this shard of the corpus is missing")
+    for part, dtype in _DTYPES.items():
+        file = directory / f"{shard['name']}.{part}.npy"
         try:
-            array = np.load(file, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise InputError(f"{file}: this shard of the corpus is cut short or altered: {error}") from error
-        if array.shape != (items,) or array.dtype != _PART_DTYPES[part]:
-            found = f"{array.dtype} {list(array.shape)}"
-            raise InputError(f"{file}: altered; expected {_PART_DTYPES[part]} [{items}], found {found}")
-        if verify and sha256_file(file) != checksums.get(file.name):
+            arrays[part] = array = np.load(file, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{file}: this file of the corpus is missing, cut short or altered: {error}") from error
+        expected, found = f"{dtype} [{items[part]}]", f"{array.dtype} {list(array.shape)}"
+        if found != expected:
+            raise InputError(f"{file}: altered; expected {expected}, found {found}")
+        if verify and sha256_file(file) != shard["files"][file.name]:
             raise InputError(f"{file}: altered; its checksum is not the one in the corpus's manifest")
-        arrays[part] = array
-    offsets = arrays["offsets"]
-    if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 1).any():
-        raise InputError(f"{directory / name}.offsets.npy: altered; offsets must rise from 0 to {tokens}")
     return arrays

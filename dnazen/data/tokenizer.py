@@ -3,13 +3,14 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dnazen.data.fasta import find_clean_runs
 from dnazen.files import InputError, read_json
 
 logger = logging.getLogger(__name__)
@@ -17,13 +18,7 @@ logger = logging.getLogger(__name__)
 # Five token ids are packed into one 63-bit key, so 12 bits for each.
 MAX_VOCAB_SIZE = 4096
 # Ids 0..4 as in DNABERT-2's tokenizer.
-SPECIAL_TOKENS = {
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "mask_token": "[MASK]",
-}
+SPECIAL_TOKENS = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "cls", "sep", "pad", "mask")}
 _BASES = "ACGT"
 # BPE sees the text as words; 2,040 bases are what 510 tokens take up, and one word of a corpus.
 _WORD_BASES = 2040
@@ -34,7 +29,7 @@ _MAX_TOKEN_BASES = 32
 
 
 def train_tokenizer(sequences: Iterable[str], vocab_size: int = MAX_VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """Train a BPE tokenizer like DNABERT-2's (Zhou et al. 2024, section 3.1) on sequences of A, C, G, T.
+    """Train a BPE tokenizer like DNABERT-2's (Zhou et al. 2024, section 3.1) on the runs of A, C, G, T.
 
     Of more than 33 million bases an evenly spaced sample is taken. The same sequences always give the same tokenizer.
     A short text may give fewer than `vocab_size` tokens; that is logged.
@@ -45,8 +40,8 @@ def train_tokenizer(sequences: Iterable[str], vocab_size: int = MAX_VOCAB_SIZE) 
     smallest = len(SPECIAL_TOKENS) + len(_BASES)
     if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
         raise InputError(
-            f"vocab_size: expected {smallest} (special tokens and bases) to {MAX_VOCAB_SIZE} (five tokens must fit one "
-            f"63-bit key), found {vocab_size}"
+            f"vocab_size: expected {smallest} (special tokens and bases) to {MAX_VOCAB_SIZE} (five must fit one 63-bit "
+            f"key), found {vocab_size}"
         )
     words = _sample_words(sequences)
     if not words:
@@ -66,12 +61,8 @@ def train_tokenizer(sequences: Iterable[str], vocab_size: int = MAX_VOCAB_SIZE) 
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
     )
-    if backend.get_vocab_size() < vocab_size:
-        logger.warning(
-            "the sequences gave %d tokens of the %d asked for: no pair of tokens was left that occurs twice",
-            backend.get_vocab_size(),
-            vocab_size,
-        )
+    if (found := backend.get_vocab_size()) < vocab_size:
+        logger.warning("found %d tokens of the %d asked for: no other pair occurs twice", found, vocab_size)
     return _wrap(backend, SPECIAL_TOKENS)
 
 
@@ -98,10 +89,18 @@ def load_tokenizer(path: str | PathLike) -> PreTrainedTokenizerFast:
     for role, default in SPECIAL_TOKENS.items():
         token = config.get(role) or default
         special_tokens[role] = token["content"] if isinstance(token, dict) else token
-    missing = [role for role, token in special_tokens.items() if backend.token_to_id(token) is None]
+    missing = [f"{role} ({token})" for role, token in special_tokens.items() if backend.token_to_id(token) is None]
     if missing:
-        raise InputError(f"{file}: the tokenizer has no {', '.join(missing)}; expected all of {', '.join(SPECIAL_TOKENS)}")
+        raise InputError(f"{file}: a tokenizer with no {', '.join(missing)}")
     return _wrap(backend, special_tokens)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: str | PathLike) -> None:
+    """Write the tokenizer's files into a folder; OSError when the disk is full."""
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise OSError(f"cannot write the tokenizer: {error}") from error
 
 
 def tokenizer_checksum(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -118,19 +117,16 @@ def _wrap(backend: Tokenizer, special_tokens: dict[str, str]) -> PreTrainedToken
 
 
 def _sample_words(sequences: Iterable[str]) -> list[str]:
-    """Every k-th word of the sequences, k the smallest power of 2 that keeps the bases within the limit."""
+    """Every k-th word of the clean runs, k the smallest power of 2 that keeps their bases within the limit."""
     words: list[str] = []
-    stride = 1
-    for ordinal, word in enumerate(_cut_words(sequences)):
-        if ordinal % stride == 0:
-            words.append(word)
-            if len(words) * _WORD_BASES > _MAX_TRAINING_BASES:
-                words = words[::2]
-                stride *= 2
-    return words
-
-
-def _cut_words(sequences: Iterable[str]) -> Iterator[str]:
+    stride, ordinal = 1, 0
     for sequence in sequences:
-        for start in range(0, len(sequence), _WORD_BASES):
-            yield sequence[start : start + _WORD_BASES]
+        for run_start, end in find_clean_runs(sequence):
+            for start in range(run_start, end, _WORD_BASES):
+                if ordinal % stride == 0:
+                    words.append(sequence[start : min(start + _WORD_BASES, end)])
+                ordinal += 1
+                if len(words) * _WORD_BASES > _MAX_TRAINING_BASES:
+                    words = words[::2]
+                    stride *= 2
+    return words

@@ -31,11 +31,11 @@ def alibi_bias(num_heads: int, max_seqlen: int, device: torch.device | str | Non
     return alibi_slopes(num_heads, device)[:, None, None] * -(position[:, None] - position[None, :]).abs()
 
 
-def padded_attention(cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None) -> Attention:
+def padded_attention(cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None = None) -> Attention:
     """Attention on padded `[B, S, heads, head_dim]` by explicit softmax in fp32, with its weights."""
     is_padding = torch.arange(max_seqlen, device=cu_seqlens.device) >= cu_seqlens.diff()[:, None]
     is_padding = is_padding[:, None, None, :]
-    # A large finite number, not -inf: a sequence with no G-gram has a row of padding only, whose softmax must not be NaN.
+    # Finite, not -inf: a sequence with no G-gram is padding only, and its softmax must not be NaN.
     mask = torch.zeros_like(is_padding, dtype=torch.float32).masked_fill(is_padding, -1e30)
     mask = mask if bias is None else mask + bias
 
@@ -61,7 +61,7 @@ def eager_attention(cu_seqlens: Tensor, max_seqlen: int, total: int, bias: Tenso
 
 
 def sdpa_attention(cu_seqlens: Tensor, max_seqlen: int, total: int, bias: Tensor | None) -> Attention:
-    """Attention on packed `[T, heads, head_dim]`, one call of torch's SDPA for each run of sequences of equal length."""
+    """Attention on packed `[T, heads, head_dim]`: one call of SDPA for each run of sequences of equal length."""
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(bounds, bounds[1:])]
     if bounds[0] != 0 or bounds[-1] != total or min(lengths) < 0 or max(lengths) > max_seqlen:
@@ -78,7 +78,7 @@ def sdpa_attention(cu_seqlens: Tensor, max_seqlen: int, total: int, bias: Tensor
     masks = [None if bias is None else bias[None, :, :length, :length] for _, _, length in runs]
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
-        contexts = [query[:0]]  # no sequence, no run, yet a result that the gradient reaches
+        contexts = [query[:0] + key[:0] + value[:0]]  # without a run the (zero) gradient still reaches all three
         for (start, count, length), mask in zip(runs, masks):
             run = (
                 states[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
@@ -101,13 +101,8 @@ def packed_attention(
 ) -> Attention:
     """The attention of all layers of one encoder in one forward pass, on packed `[total, heads, head_dim]`.
 
-    Args:
-        implementation: "sdpa", or "eager", which also returns the attention weights.
-        cu_seqlens: `[B + 1]` int32; a sequence may be empty.
-        bias: added to the scores, `[heads, max_seqlen, max_seqlen]`, or None.
-
-    Raises:
-        ValueError: unknown `implementation`.
+    `implementation` is "sdpa", or "eager", which also returns the weights; any other is a ValueError. `cu_seqlens` is
+    `[B + 1]` int32, and a sequence may be empty; `bias [heads, max_seqlen, max_seqlen]` is added to the scores.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attn_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, found {implementation!r}")

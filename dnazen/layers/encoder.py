@@ -4,8 +4,8 @@ Every module works on the last dimension alone, so it takes packed `[T, H]` and 
 on the layout (attention and fusion) is handed in. `config` has DNAZenConfig's fields.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,37 +82,19 @@ class TokenLayer(nn.Module):
         return self.mlp(hidden_states), weights
 
 
-class Intermediate(nn.Module):
-    """BERT's way into the feed-forward: projection and exact GELU."""
-
-    def __init__(self, config) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.gelu(self.dense(hidden_states))
-
-
 class NgramLayer(nn.Module):
     """A layer of the G-gram encoder: a standard post-LN BERT layer."""
 
     def __init__(self, config) -> None:
         super().__init__()
         self.attention = AttentionBlock(config, SelfAttention)
-        self.intermediate = Intermediate(config)
+        dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate = nn.Sequential(OrderedDict(dense=dense, activation=nn.GELU()))
         self.output = ResidualOutput(config, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor, attention: Attention) -> Tensor:
         hidden_states, _ = self.attention(hidden_states, attention)
         return self.output(self.intermediate(hidden_states), hidden_states)
-
-
-class EncoderOutput(NamedTuple):
-    """States after the last layer; after the embeddings and, if asked for, every layer; weights of E4BU's attention."""
-
-    last_hidden_state: Tensor
-    hidden_states: tuple[Tensor, ...]
-    attentions: tuple[Tensor | None, ...]
 
 
 class FusedEncoder(nn.Module):
@@ -130,17 +112,22 @@ class FusedEncoder(nn.Module):
         attention: Attention,
         ngram_attention: Attention,
         fusion: Callable[[Tensor, Tensor], Tensor],
-        output_hidden_states: bool = False,
-    ) -> EncoderOutput:
-        """`fusion(hidden_states, ngram_hidden_states)` adds to each token the states of the G-grams that cover it."""
-        all_hidden_states, all_attentions = [hidden_states], []
+        keep_all: bool,
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Run both stacks; `fusion` adds to each token's states those of the G-grams that cover it.
+
+        Returns:
+            E4BU's states after the embeddings and every layer (the last alone unless `keep_all`), and the attention
+            weights of every layer (None where the implementation has none).
+        """
+        all_hidden_states, all_weights = [hidden_states] if keep_all else [], []
         for index, layer in enumerate(self.layer):
             hidden_states, weights = layer(hidden_states, attention)
             # The G-gram layers run even on a batch with no G-gram: under ZeRO-3 all ranks must call the same modules.
             if index < len(self.ngram_layers):
                 ngram_hidden_states = self.ngram_layers[index](ngram_hidden_states, ngram_attention)
                 hidden_states = fusion(hidden_states, ngram_hidden_states)
-            if output_hidden_states:
+            if keep_all or index == len(self.layer) - 1:
                 all_hidden_states.append(hidden_states)
-            all_attentions.append(weights)
-        return EncoderOutput(hidden_states, tuple(all_hidden_states), tuple(all_attentions))
+            all_weights.append(weights)
+        return all_hidden_states, all_weights

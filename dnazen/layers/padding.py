@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PackedBatch(NamedTuple):
-    """A batch without padding: B sequences, T tokens, N G-grams, E (token, G-gram) edges (ids int64, the rest int32)."""
+    """A batch of B sequences, T tokens, N G-grams and E (token, G-gram) edges; ids are int64, the rest int32."""
 
     input_ids: Tensor  # [T]
     cu_seqlens: Tensor  # [B + 1]
@@ -52,21 +52,6 @@ def offsets_from_lengths(lengths: Tensor) -> Tensor:
     return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def matching_csr(token_index: Tensor, ngram_index: Tensor, num_tokens: int, num_ngrams: int) -> tuple[Tensor, ...]:
-    """The two CSR views of the matching matrix from its edges `[E]`, which ascend by (token, G-gram).
-
-    Returns:
-        `token_offsets [T + 1]`, `token_ngrams [E]`, `ngram_offsets [N + 1]`, `ngram_tokens [E]`, all int32.
-    """
-    by_ngram = ngram_index.argsort(stable=True)
-    return (
-        offsets_from_lengths(token_index.bincount(minlength=num_tokens)),
-        ngram_index.to(torch.int32),
-        offsets_from_lengths(ngram_index.bincount(minlength=num_ngrams)),
-        token_index[by_ngram].to(torch.int32),
-    )
-
-
 def batch_without_ngrams(input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> PackedBatch:
     """The packed batch of these tokens in which no sequence has a G-gram."""
     empty = cu_seqlens.new_zeros(0)
@@ -91,23 +76,28 @@ def pack_batch(
         ngram_position_matrix: `[B, S, G]`, 1 where a G-gram covers a token, else 0; entries at padding are ignored.
     """
     token_mask = attention_mask.bool()
-    lengths = token_mask.sum(1)
     layout = PaddedLayout(token_mask.flatten().nonzero().squeeze(1), *input_ids.shape)
-    packed_ids, cu_seqlens, max_seqlen = layout.unpad(input_ids), offsets_from_lengths(lengths), int(lengths.max())
-    if ngram_input_ids is None:
-        return batch_without_ngrams(packed_ids, cu_seqlens, max_seqlen), layout
+    lengths = token_mask.sum(1)
+    batch = batch_without_ngrams(layout.unpad(input_ids), offsets_from_lengths(lengths), int(lengths.max()))
+    if ngram_input_ids is None or not ngram_attention_mask.any():
+        return batch, layout
 
     ngram_mask = ngram_attention_mask.bool()
     ngram_lengths = ngram_mask.sum(1)
-    packed_ngrams = ngram_input_ids[ngram_mask]
-    max_ngrams = int(ngram_lengths.max()) if ngram_mask.numel() else 0
     edges = ngram_position_matrix.bool() & token_mask[:, :, None] & ngram_mask[:, None, :]
-    sequence, token, ngram = edges.nonzero(as_tuple=True)
-    token_rank = (token_mask.flatten().cumsum(0) - 1).view_as(token_mask)
-    ngram_rank = (ngram_mask.flatten().cumsum(0) - 1).view_as(ngram_mask)
-    csr = matching_csr(token_rank[sequence, token], ngram_rank[sequence, ngram], len(packed_ids), len(packed_ngrams))
-    ngram_cu_seqlens = offsets_from_lengths(ngram_lengths)
-    return PackedBatch(packed_ids, cu_seqlens, max_seqlen, packed_ngrams, ngram_cu_seqlens, max_ngrams, *csr), layout
+    sequence, token, ngram = edges.nonzero(as_tuple=True)  # ascending by token, then G-gram
+    token = (token_mask.flatten().cumsum(0) - 1).view_as(token_mask)[sequence, token]
+    ngram = (ngram_mask.flatten().cumsum(0) - 1).view_as(ngram_mask)[sequence, ngram]
+    batch = batch._replace(
+        ngram_input_ids=ngram_input_ids[ngram_mask],
+        ngram_cu_seqlens=offsets_from_lengths(ngram_lengths),
+        max_ngrams=int(ngram_lengths.max()),
+        token_offsets=offsets_from_lengths(token.bincount(minlength=len(batch.input_ids))),
+        token_ngrams=ngram.to(torch.int32),
+        ngram_offsets=offsets_from_lengths(ngram.bincount(minlength=int(ngram_lengths.sum()))),
+        ngram_tokens=token[ngram.argsort(stable=True)].to(torch.int32),
+    )
+    return batch, layout
 
 
 def dense_matching_matrix(batch: PackedBatch, tokens: PaddedLayout, ngrams: PaddedLayout) -> Tensor:

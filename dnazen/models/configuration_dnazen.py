@@ -63,6 +63,7 @@ class DNAZenConfig(PreTrainedConfig):
     impl: str = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("model_type", None)  # "bert" in published configurations
         super().__post_init__(**kwargs)
         self._validate()
         if kwargs.get("hidden_act", "gelu") != "gelu":

@@ -5,9 +5,10 @@ All three models take either form of input:
 - packed, the names and shapes of `dnazen.layers.padding.PackedBatch`: without the G-gram fields no sequence has any;
 - padded, as in Hugging Face: `input_ids [B, S]`, `attention_mask [B, S]` (default: all ones) and, all or none of them,
   `ngram_input_ids [B, G]`, `ngram_attention_mask [B, G]`, `ngram_position_matrix [B, S, G]`. It is packed at the door,
-  once, and the output is padded back with zeros.
+  once, and the encoders' output is padded back with zeros.
 """
 
+from collections import OrderedDict
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 from transformers.utils import ModelOutput, can_return_tuple
 
 from dnazen.layers.attention import alibi_bias, packed_attention, padded_attention
-from dnazen.layers.encoder import Embeddings, EncoderOutput, FusedEncoder
+from dnazen.layers.encoder import Embeddings, FusedEncoder
 from dnazen.layers.padding import PackedBatch, PaddedLayout, batch_without_ngrams, dense_matching_matrix, pack_batch
 from dnazen.models.configuration_dnazen import DNAZenConfig
 from dnazen_kernels.ngram_fusion import ngram_fusion
@@ -27,24 +28,21 @@ from dnazen_kernels.ngram_fusion.reference import ngram_fusion_dense
 
 IGNORE_INDEX = -100
 
-
-# The arguments of each form of input, and those that come with G-grams only.
+# The arguments of each form of input, without and with G-grams.
 _PACKED = {"input_ids", "cu_seqlens", "max_seqlen"}
 _PADDED = {"input_ids", "attention_mask"}
+_PACKED_NGRAMS = set(PackedBatch._fields) - _PACKED
 _PADDED_NGRAMS = {"ngram_input_ids", "ngram_attention_mask", "ngram_position_matrix"}
 
 
-def _check_shape(name: str, value: Tensor, *shape: int | None) -> None:
+def _check_shape(name: str, value: Tensor, shape: tuple[int | None, ...]) -> None:
     if value.dim() != len(shape) or any(size not in (None, found) for size, found in zip(shape, value.shape)):
         expected = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape [{expected}], found {list(value.shape)}")
 
 
 def prepare_batch(**inputs: Any) -> tuple[PackedBatch, PaddedLayout | None]:
-    """The door: check a model's input of either form and pack it if it is padded.
-
-    Returns:
-        The packed batch, and the layout to pad the output back to, None for packed input.
+    """The door: check a model's input of either form, and pack it if it is padded (else the layout is None).
 
     Raises:
         ValueError: missing or contradictory arguments, or a wrong shape; the message names the argument.
@@ -53,77 +51,46 @@ def prepare_batch(**inputs: Any) -> tuple[PackedBatch, PaddedLayout | None]:
     is_packed = "cu_seqlens" in inputs
     if not is_packed:
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-    expected = _PACKED if is_packed else _PADDED
-    with_ngrams = expected | (set(PackedBatch._fields) if is_packed else _PADDED_NGRAMS)
-    has_ngrams = not inputs.keys().isdisjoint(with_ngrams - expected)
-    expected = with_ngrams if has_ngrams else expected
+    expected, ngrams = (_PACKED, _PACKED_NGRAMS) if is_packed else (_PADDED, _PADDED_NGRAMS)
+    has_ngrams = not inputs.keys().isdisjoint(ngrams)
+    expected = expected | ngrams if has_ngrams else expected
     form = ("packed" if is_packed else "padded (no cu_seqlens)") + (" batch with G-grams" if has_ngrams else " batch")
     if missing := sorted(expected - inputs.keys()):
         raise ValueError(f"{', '.join(missing)}: expected in a {form}, found None")
     if surplus := sorted(inputs.keys() - expected):
         raise ValueError(f"{', '.join(surplus)}: expected None in a {form}, found a value")
 
-    input_ids = inputs["input_ids"]
+    shapes: dict[str, tuple[int | None, ...]]  # those of the CSR views are the fusion's to check
     if is_packed:
-        _check_shape("input_ids", input_ids, None)
-        _check_shape("cu_seqlens", inputs["cu_seqlens"], None)
-        if not has_ngrams:
-            return batch_without_ngrams(**inputs), None
-        _check_shape("ngram_input_ids", inputs["ngram_input_ids"], None)
-        _check_shape("ngram_cu_seqlens", inputs["ngram_cu_seqlens"], len(inputs["cu_seqlens"]))
-        return PackedBatch(**inputs), None
-    _check_shape("input_ids", input_ids, None, None)
-    _check_shape("attention_mask", inputs["attention_mask"], *input_ids.shape)
+        shapes = {"input_ids": (None,), "cu_seqlens": (None,), "ngram_input_ids": (None,)}
+        shapes["ngram_cu_seqlens"] = tuple(inputs["cu_seqlens"].shape)
+    else:
+        tokens, num_ngrams = tuple(inputs["input_ids"].shape), inputs["ngram_input_ids"].shape[-1] if has_ngrams else 0
+        shapes = {"input_ids": (None, None), "attention_mask": tokens, "ngram_input_ids": (tokens[0], None)}
+        shapes["ngram_attention_mask"], shapes["ngram_position_matrix"] = (tokens[0], num_ngrams), (*tokens, num_ngrams)
+    for name, shape in shapes.items():
+        if name in inputs:
+            _check_shape(name, inputs[name], shape)
+    if is_packed:
+        return (PackedBatch if has_ngrams else batch_without_ngrams)(**inputs), None
     if not inputs["attention_mask"].any(dim=1).all():
         raise ValueError("attention_mask: expected a token in every sequence, found a sequence of padding only")
-    if has_ngrams:
-        _check_shape("ngram_input_ids", inputs["ngram_input_ids"], len(input_ids), None)
-        num_ngrams = inputs["ngram_input_ids"].shape[1]
-        _check_shape("ngram_attention_mask", inputs["ngram_attention_mask"], len(input_ids), num_ngrams)
-        _check_shape("ngram_position_matrix", inputs["ngram_position_matrix"], *input_ids.shape, num_ngrams)
     return pack_batch(**inputs)
 
 
-def _pad_back(states: Any, layout: PaddedLayout | None) -> Any:
-    """Pad packed states, or each of a tuple of them, back to `layout`; as they are where there is none."""
-    if layout is None or states is None:
-        return states
-    return tuple(map(layout.pad, states)) if isinstance(states, tuple) else layout.pad(states)
+def _mlm_head(config: DNAZenConfig) -> nn.Sequential:
+    """Dense, GELU, LayerNorm, and a decoder whose weight is that of the word embeddings."""
+    dense = nn.Linear(config.hidden_size, config.hidden_size)
+    norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+    transform = nn.Sequential(OrderedDict(dense=dense, activation=nn.GELU(), LayerNorm=norm))
+    decoder = nn.Linear(config.hidden_size, config.vocab_size)
+    return nn.Sequential(OrderedDict(transform=transform, decoder=decoder))
 
 
-class Pooler(nn.Module):
-    """Dense and tanh on the first token's states."""
-
-    def __init__(self, config: DNAZenConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return torch.tanh(self.dense(hidden_states))
-
-
-class MLMTransform(nn.Module):
-    """Dense, GELU, LayerNorm."""
-
-    def __init__(self, config: DNAZenConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.LayerNorm(F.gelu(self.dense(hidden_states)))
-
-
-class MLMHead(nn.Module):
-    """Transform, then a decoder whose weight is the word embedding's."""
-
-    def __init__(self, config: DNAZenConfig) -> None:
-        super().__init__()
-        self.transform = MLMTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.decoder(self.transform(hidden_states))
+def _pooler(config: DNAZenConfig) -> nn.Sequential:
+    """Dense and tanh, for the first token's states."""
+    dense = nn.Linear(config.hidden_size, config.hidden_size)
+    return nn.Sequential(OrderedDict(dense=dense, activation=nn.Tanh()))
 
 
 class DNAZenPreTrainedModel(PreTrainedModel):
@@ -131,7 +98,7 @@ class DNAZenPreTrainedModel(PreTrainedModel):
 
     config_class = DNAZenConfig
     base_model_prefix = "bert"
-    _no_split_modules = ["Embeddings", "TokenLayer", "NgramLayer"]
+    _input_embed_layer = "word_embeddings"
     _supports_sdpa = True
 
 
@@ -143,14 +110,8 @@ class DNAZenModel(DNAZenPreTrainedModel):
         self.embeddings = Embeddings(config, config.vocab_size)
         self.ngram_embeddings = Embeddings(config, config.ngram_vocab_size)
         self.encoder = FusedEncoder(config)
-        self.pooler = Pooler(config) if add_pooling_layer else None
+        self.pooler = _pooler(config) if add_pooling_layer else None
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.word_embeddings = value
 
     @can_return_tuple
     def forward(
@@ -191,63 +152,49 @@ class DNAZenModel(DNAZenPreTrainedModel):
                 f"found {implementation!r}"
             )
         encode = self._encode_padded if is_reference else self._encode_packed
-        output = encode(batch, output_hidden_states)
-        hidden_states, first_tokens = output.last_hidden_state, batch.cu_seqlens[:-1].long()
+        all_hidden_states, attentions = encode(batch, output_hidden_states)
+        first_tokens = all_hidden_states[-1].index_select(0, batch.cu_seqlens[:-1])
+        pooler_output = None if self.pooler is None else self.pooler(first_tokens)
+        if layout is not None:
+            all_hidden_states = [layout.pad(states) for states in all_hidden_states]
         return BaseModelOutputWithPooling(
-            last_hidden_state=_pad_back(hidden_states, layout),
-            pooler_output=None if self.pooler is None else self.pooler(hidden_states[first_tokens]),
-            hidden_states=_pad_back(output.hidden_states, layout) if output_hidden_states else None,
-            attentions=output.attentions if output_attentions else None,
+            last_hidden_state=all_hidden_states[-1],
+            pooler_output=pooler_output,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
 
-    def _encode_packed(self, batch: PackedBatch, output_hidden_states: bool) -> EncoderOutput:
-        implementation, num_tokens = self.config._attn_implementation, len(batch.input_ids)
+    def _encode_packed(self, batch: PackedBatch, keep_all: bool) -> tuple[list[Tensor], list[Tensor | None]]:
+        implementation = self.config._attn_implementation
         bias = alibi_bias(self.config.num_attention_heads, batch.max_seqlen, batch.input_ids.device)
+        csr = ("token_offsets", "token_ngrams", "ngram_offsets", "ngram_tokens")
         return self.encoder(
             self.embeddings(batch.input_ids),
             self.ngram_embeddings(batch.ngram_input_ids),
-            packed_attention(implementation, batch.cu_seqlens, batch.max_seqlen, num_tokens, bias),
+            packed_attention(implementation, batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids), bias),
             packed_attention(implementation, batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids)),
-            partial(
-                ngram_fusion,
-                token_offsets=batch.token_offsets,
-                token_ngrams=batch.token_ngrams,
-                ngram_offsets=batch.ngram_offsets,
-                ngram_tokens=batch.ngram_tokens,
-            ),
-            output_hidden_states,
+            partial(ngram_fusion, **{name: getattr(batch, name) for name in csr}),
+            keep_all,
         )
 
-    def _encode_padded(self, batch: PackedBatch, output_hidden_states: bool) -> EncoderOutput:
+    def _encode_padded(self, batch: PackedBatch, keep_all: bool) -> tuple[list[Tensor], list[Tensor | None]]:
         """The reference: padded states, dense bias, explicit attention, einsum over a dense matching matrix."""
         tokens = PaddedLayout.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids))
         ngrams = PaddedLayout.from_cu_seqlens(batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids))
         bias = alibi_bias(self.config.num_attention_heads, batch.max_seqlen, batch.input_ids.device)
-        output = self.encoder(
+        all_hidden_states, attentions = self.encoder(
             self.embeddings(tokens.pad(batch.input_ids)),
             self.ngram_embeddings(ngrams.pad(batch.ngram_input_ids)),
             padded_attention(batch.cu_seqlens, batch.max_seqlen, bias),
-            padded_attention(batch.ngram_cu_seqlens, batch.max_ngrams, bias=None),
+            padded_attention(batch.ngram_cu_seqlens, batch.max_ngrams),
             partial(ngram_fusion_dense, ngram_position_matrix=dense_matching_matrix(batch, tokens, ngrams)),
-            output_hidden_states,
+            keep_all,
         )
-        return output._replace(
-            last_hidden_state=tokens.unpad(output.last_hidden_state),
-            hidden_states=tuple(map(tokens.unpad, output.hidden_states)),
-        )
+        return [tokens.unpad(states) for states in all_hidden_states], attentions
 
 
 class DNAZenWithHead(DNAZenPreTrainedModel):
-    """What the models with a head share: the door, the encoders, the output."""
-
-    output_class: type[ModelOutput]
-
-    def head(
-        self, outputs: BaseModelOutputWithPooling, layout: PaddedLayout | None, labels: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
-    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-        """Loss (None without labels) and logits from the packed output of the encoders."""
-        raise NotImplementedError
+    """What the models with a head share: the encoders, then `head`, which gives loss (or None) and logits."""
 
     @can_return_tuple
     def forward(
@@ -261,28 +208,27 @@ class DNAZenWithHead(DNAZenPreTrainedModel):
         output_hidden_states: bool | None = None,
     ) -> ModelOutput:  # fmt: skip
         """Run encoders and head on packed or padded input (see the module's docstring and the class's)."""
-        batch, layout = prepare_batch(
-            input_ids=input_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, ngram_input_ids=ngram_input_ids,
+        outputs = self.bert(
+            input_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, ngram_input_ids=ngram_input_ids,
             ngram_cu_seqlens=ngram_cu_seqlens, max_ngrams=max_ngrams, token_offsets=token_offsets,
             token_ngrams=token_ngrams, ngram_offsets=ngram_offsets, ngram_tokens=ngram_tokens,
             attention_mask=attention_mask, ngram_attention_mask=ngram_attention_mask,
-            ngram_position_matrix=ngram_position_matrix,
+            ngram_position_matrix=ngram_position_matrix, output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states, return_dict=True,
         )  # fmt: skip
-        outputs = self.bert(
-            **batch._asdict(), output_attentions=output_attentions, output_hidden_states=output_hidden_states
+        loss, logits = self.head(outputs, labels, num_items_in_batch)
+        return self.output_class(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-        loss, logits = self.head(outputs, layout, labels, num_items_in_batch)
-        hidden_states = _pad_back(outputs.hidden_states, layout)
-        return self.output_class(loss=loss, logits=logits, hidden_states=hidden_states, attentions=outputs.attentions)
 
 
 class DNAZenForMaskedLM(DNAZenWithHead):
     """DNAZEN with the masked-language-model head, whose decoder is tied to the word embeddings.
 
-    Without `labels`, `logits` is `[T, V]`, or `[B, S, V]` for padded input. With `labels` (shaped as `input_ids`; the
-    original id at masked positions, -100 elsewhere) the head runs at the masked positions alone: `logits` is
-    `[number of masked positions, V]`, and `loss` the summed cross-entropy, in fp32, over `num_items_in_batch`
-    (default: the masked positions at hand); it is 0 if nothing is masked.
+    Without `labels`, `logits` is `[T, V]`, or `[B, S, V]` for padded input, without meaning at padding. With `labels`
+    (shaped as `input_ids`; the original id at masked positions, -100 elsewhere) the head runs at the masked positions
+    alone: `logits` is `[number of masked positions, V]`, and `loss` the summed cross-entropy, in fp32, over
+    `num_items_in_batch` (default: the masked positions at hand); it is 0 if nothing is masked.
     """
 
     _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
@@ -292,7 +238,7 @@ class DNAZenForMaskedLM(DNAZenWithHead):
     def __init__(self, config: DNAZenConfig) -> None:
         super().__init__(config)
         self.bert = DNAZenModel(config)
-        self.cls = nn.ModuleDict({"predictions": MLMHead(config)})
+        self.cls = nn.ModuleDict({"predictions": _mlm_head(config)})
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -301,15 +247,14 @@ class DNAZenForMaskedLM(DNAZenWithHead):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.cls["predictions"].decoder = value
 
-    def head(self, outputs, layout, labels, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
-        hidden_states = outputs.last_hidden_state
+    def head(self, outputs, labels, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
+        hidden_states, predict = outputs.last_hidden_state, self.cls["predictions"]
         if labels is None:
-            return None, _pad_back(self.cls["predictions"](hidden_states), layout)
-        shape = hidden_states.shape[:1] if layout is None else (layout.batch_size, layout.width)
-        _check_shape("labels", labels, *shape)
-        labels = labels if layout is None else layout.unpad(labels)
+            return None, predict(hidden_states)
+        _check_shape("labels", labels, tuple(hidden_states.shape[:-1]))
+        labels = labels.flatten()
         masked = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        logits = self.cls["predictions"](hidden_states[masked])
+        logits = predict(hidden_states.flatten(0, -2).index_select(0, masked))
         loss = F.cross_entropy(logits.float(), labels[masked], reduction="sum")
         count = len(masked) if num_items_in_batch is None else num_items_in_batch
         return loss / torch.as_tensor(count, device=loss.device).clamp(min=1), logits
@@ -332,11 +277,8 @@ class DNAZenForSequenceClassification(DNAZenWithHead):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def head(self, outputs, layout, labels, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
+    def head(self, outputs, labels, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
         logits = self.classifier(self.dropout(outputs.pooler_output))
         if labels is None:
             return None, logits
-        loss = self.loss_function(
-            labels=labels, pooled_logits=logits.float(), config=self.config, num_items_in_batch=num_items_in_batch
-        )
-        return loss, logits
+        return self.loss_function(labels=labels, pooled_logits=logits.float(), config=self.config), logits

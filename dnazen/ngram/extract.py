@@ -15,7 +15,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-from dnazen_kernels.ngram_matching import LENGTH_SHIFT, pack_ngrams, token_bits
+from dnazen_kernels.ngram_matching.reference import LENGTH_SHIFT, pack_ngrams, token_bits
 
 from dnazen.data.tokenizer import tokenizer_checksum
 from dnazen.files import InputError, atomic_directory, sha256_file, write_json
@@ -75,16 +75,15 @@ def extract_ngrams(
         raise InputError(f"min_len and max_len: expected 2 <= min_len <= max_len <= 5, found {min_len} and {max_len}")
     if long_pieces not in ("drop", "split"):
         raise InputError(f"long_pieces: expected 'drop' or 'split', found {long_pieces!r}")
-    for name, value in (("min_count", min_count), ("min_pair_count", min_pair_count), ("num_workers", num_workers)):
+    blocks = list(_iterate_blocks(shards))
+    positive = {"min_count": min_count, "min_pair_count": min_pair_count, "num_workers": num_workers}
+    for name, value in {**positive, "number of sequences": len(blocks)}.items():
         if value < 1:
             raise InputError(f"{name}: expected at least 1, found {value}")
     try:
         bits = token_bits(vocab_size, max_len)
     except ValueError as error:
         raise InputError(str(error)) from error
-    blocks = list(_iterate_blocks(shards))
-    if not blocks:
-        raise InputError("shards: expected sequences of tokens, found none")
 
     (token_counts, pair_counts), *others = _run(_count_pairs, blocks, num_workers, shards, vocab_size, bits)
     for more_tokens, more_pairs in others:
@@ -145,7 +144,7 @@ def build_ngrams(corpus: Any, output_dir: str | PathLike, **parameters: Any) -> 
         parameters: of `extract_ngrams`.
 
     Returns:
-        The manifest: parameters, checksums, statistics, seconds of the extraction.
+        The manifest.
 
     Raises:
         InputError: no G-gram passes the thresholds; `output_dir` is taken; see `extract_ngrams`.

@@ -62,6 +62,7 @@ class PretrainingTrainer(Trainer):
         # our sampler starts at the checkpoint's position, so Trainer must not skip batches by itself
         self.args.ignore_data_skip = True
         self.resumed_step = self.resumed_position = 0
+        self._universal = False
         if checkpoint is not None:
             path, manifest = checkpoint
             check_agreement(path, manifest["agreement"], agreement)
@@ -234,6 +235,23 @@ class PretrainingTrainer(Trainer):
             convert_to_universal(checkpoint)
         self.accelerator.wait_for_everyone()
         self.accelerator.state.deepspeed_plugin.deepspeed_config.setdefault("checkpoint", {})["load_universal"] = True
+        self._universal = True
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not self._universal:
+            return
+        # DeepSpeed 0.19 loads the first group's settings into every group, so that biases and norms would decay too ...
+        for group, weight_decay in zip(self.optimizer.param_groups, self._weight_decays, strict=True):
+            group["weight_decay"] = weight_decay
+        # ... and under ZeRO-3 one step counter, shared by all groups and so advanced by each of them
+        for state in self.model_wrapped.optimizer.optimizer.state.values():
+            state["step"] = state["step"].clone()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)

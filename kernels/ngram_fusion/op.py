@@ -57,11 +57,8 @@ class _NgramFusion(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         ngram_offsets, ngram_tokens = ctx.saved_tensors
-        grad_ngram_hidden_states = None
-        if ctx.needs_input_grad[1]:
-            grad = grad_output.to(accumulation_dtype(grad_output))
-            grad_ngram_hidden_states = _gather_sum(grad, ngram_offsets, ngram_tokens).to(ctx.ngram_dtype)
-        return grad_output, grad_ngram_hidden_states, None, None, None, None
+        grad = grad_output.to(accumulation_dtype(grad_output))
+        return grad_output, _gather_sum(grad, ngram_offsets, ngram_tokens).to(ctx.ngram_dtype), None, None, None, None
 
 
 def _gather_sum(values: torch.Tensor, offsets: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -72,24 +69,19 @@ def _gather_sum(values: torch.Tensor, offsets: torch.Tensor, indices: torch.Tens
 
 
 def _check(hidden_states, ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens) -> None:
+    hidden_size = hidden_states.shape[-1]
     for name, states in (("hidden_states", hidden_states), ("ngram_hidden_states", ngram_hidden_states)):
         if not states.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {states.dtype}")
-        if states.dim() != 2:
-            raise ValueError(f"{name} must have two dimensions, got shape {tuple(states.shape)}")
-    if ngram_hidden_states.shape[1] != hidden_states.shape[1]:
-        raise ValueError(
-            f"ngram_hidden_states must have {hidden_states.shape[1]} columns like hidden_states, "
-            f"got {ngram_hidden_states.shape[1]}"
-        )
-    expected = {
-        "token_offsets": (token_offsets, hidden_states.shape[0] + 1),
-        "token_ngrams": (token_ngrams, token_ngrams.numel()),
-        "ngram_offsets": (ngram_offsets, ngram_hidden_states.shape[0] + 1),
-        "ngram_tokens": (ngram_tokens, token_ngrams.numel()),
-    }
-    for name, (tensor, size) in expected.items():
+        if states.dim() != 2 or states.shape[1] != hidden_size:
+            raise ValueError(f"{name} must have shape [rows, {hidden_size}], got {list(states.shape)}")
+    for name, tensor, size in (
+        ("token_offsets", token_offsets, len(hidden_states) + 1),
+        ("token_ngrams", token_ngrams, token_ngrams.numel()),
+        ("ngram_offsets", ngram_offsets, len(ngram_hidden_states) + 1),
+        ("ngram_tokens", ngram_tokens, token_ngrams.numel()),
+    ):
         if tensor.dtype not in (torch.int32, torch.int64) or tensor.dtype != token_offsets.dtype:
             raise TypeError(f"{name} must be int32 or int64 like the other CSR tensors, got {tensor.dtype}")
-        if tuple(tensor.shape) != (size,):
-            raise ValueError(f"{name} must have shape {(size,)}, got {tuple(tensor.shape)}")
+        if tensor.shape != (size,):
+            raise ValueError(f"{name} must have shape [{size}], got {list(tensor.shape)}")

@@ -8,13 +8,8 @@ def ngram_fusion_dense(
 ) -> torch.Tensor:
     """`hidden_states[b, s] + sum_g ngram_position_matrix[b, s, g] * ngram_hidden_states[b, g]` on padded input.
 
-    Args:
-        hidden_states: token states `[B, S, H]`.
-        ngram_hidden_states: G-gram states `[B, G, H]`.
-        ngram_position_matrix: 0/1, `[B, S, G]`: which G-grams cover which token.
-
-    Returns:
-        `[B, S, H]` in the dtype of `hidden_states`, accumulated in fp32 (fp64 if any input is fp64).
+    `hidden_states` is `[B, S, H]`, `ngram_hidden_states` `[B, G, H]` and the 0/1 `ngram_position_matrix` `[B, S, G]`;
+    returns `[B, S, H]` in the dtype of `hidden_states`, accumulated in fp32 (fp64 if any input is fp64).
     """
     dtype = accumulation_dtype(hidden_states, ngram_hidden_states)
     added = torch.einsum("bsg,bgh->bsh", ngram_position_matrix.to(dtype), ngram_hidden_states.to(dtype))
@@ -29,11 +24,8 @@ def ngram_fusion_index_add(
 ) -> torch.Tensor:
     """The same sum on packed input, one edge at a time: `out[t] += ngram_hidden_states[j]` for every edge (t, j).
 
-    Args:
-        hidden_states: `[T, H]`.
-        ngram_hidden_states: `[N, H]`.
-        token_offsets, token_ngrams: `[T + 1]` and `[E]`; token t is covered by the G-grams
-            `token_ngrams[token_offsets[t]:token_offsets[t + 1]]`.
+    Token t of `hidden_states` `[T, H]` is covered by the G-grams `token_ngrams[token_offsets[t]:token_offsets[t + 1]]`,
+    rows of `ngram_hidden_states` `[N, H]`.
     """
     dtype = accumulation_dtype(hidden_states, ngram_hidden_states)
     tokens = torch.arange(hidden_states.shape[0], device=hidden_states.device)

@@ -12,17 +12,11 @@ PREFILTER_BITS = 24  # exact for pairs of 12-bit tokens; larger vocabularies sha
 
 
 def token_bits(vocab_size: int, max_length: int) -> int:
-    """Bits per token in a key.
-
-    Raises:
-        ValueError: G-grams of `max_length` tokens do not fit a 63-bit key.
-    """
+    """Bits per token in a key; ValueError if G-grams of `max_length` tokens do not fit one."""
     bits = max(1, int(vocab_size - 1).bit_length())
     if 3 + max_length * bits > 63:
-        raise ValueError(
-            f"G-grams of {max_length} tokens from {vocab_size} need {3 + max_length * bits} bits, but a key has 63; "
-            "use a smaller tokenizer or shorter G-grams"
-        )
+        needed = f"G-grams of {max_length} tokens from {vocab_size} need {3 + max_length * bits} bits"
+        raise ValueError(f"{needed}, but a key has 63; use a smaller tokenizer or shorter G-grams")
     return bits
 
 
@@ -46,10 +40,7 @@ class NgramTable:
 
     @classmethod
     def build(cls, ngrams: Sequence[Sequence[int]], ids: Sequence[int], vocab_size: int) -> "NgramTable":
-        """Build the table of `ngrams`, whose k-th has the id `ids[k]`.
-
-        Args:
-            vocab_size: number of BPE tokens; every token lies in [0, vocab_size).
+        """Build the table of `ngrams`, whose k-th has the id `ids[k]` and tokens in [0, vocab_size).
 
         Raises:
             ValueError: a length outside 2..5, a token out of range, a G-gram given twice, or keys over 63 bits.

@@ -16,8 +16,8 @@ def _csr(rows: np.ndarray, columns: np.ndarray, num_rows: int) -> tuple[torch.Te
 
 
 def _make_batch(
-    lengths: Sequence[int], ngram_counts: Sequence[int], seed: int = 0, vocab_size: int = 50, ngram_vocab_size: int = 20,
-    mask_rate: float | None = 0.3,
+    lengths: Sequence[int], ngram_counts: Sequence[int], seed: int = 0, vocab_size: int = 50,
+    ngram_vocab_size: int = 20, mask_rate: float | None = 0.3,
 ) -> dict:  # fmt: skip
     """A packed batch of sequences of `lengths` tokens ([CLS] and [SEP] counted), with `ngram_counts` G-grams each."""
     rng = np.random.default_rng(seed)
