@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from dnazen.files import InputError
+
 SPECIAL_TOKENS_PER_SEQUENCE = 2  # [CLS] and [SEP]
 
 
@@ -35,7 +37,7 @@ def pack_by_budget(lengths: np.ndarray, order: np.ndarray, max_batch_tokens: int
         max_batch_tokens: the budget.
 
     Raises:
-        ValueError: a sequence is longer than the budget.
+        InputError: a sequence is longer than the budget.
     """
     ends = np.cumsum(lengths[order] + SPECIAL_TOKENS_PER_SEQUENCE)
     runs, start, consumed = [], 0, 0
@@ -43,7 +45,7 @@ def pack_by_budget(lengths: np.ndarray, order: np.ndarray, max_batch_tokens: int
         stop = int(np.searchsorted(ends, consumed + max_batch_tokens, side="right"))
         if stop == start:
             longest = int(lengths[order[start]]) + SPECIAL_TOKENS_PER_SEQUENCE
-            raise ValueError(f"max_batch_tokens must hold the longest sequence, {longest} tokens, got {max_batch_tokens}")
+            raise InputError(f"max_batch_tokens must hold the longest sequence, {longest} tokens, got {max_batch_tokens}")
         runs.append(order[start:stop])
         start, consumed = stop, int(ends[stop - 1])
     return runs

@@ -173,7 +173,7 @@ class DNAZenModel(DNAZenPreTrainedModel):
             self.ngram_embeddings(batch.ngram_input_ids),
             packed_attention(implementation, batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids), bias),
             packed_attention(implementation, batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids)),
-            partial(ngram_fusion, **{name: getattr(batch, name) for name in csr}),
+            partial(ngram_fusion, **{name: getattr(batch, name) for name in csr}, impl=self.config.impl),
             keep_all,
         )
 

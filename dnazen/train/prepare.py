@@ -7,7 +7,7 @@ from pathlib import Path
 import dnazen.data
 from dnazen.data.fasta import read_fasta
 from dnazen.data.shards import Corpus, build_corpus, summarize
-from dnazen.data.tokenizer import load_tokenizer, train_tokenizer
+from dnazen.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from dnazen.files import InputError, atomic_directory, sha256_file
 from dnazen.ngram.extract import build_ngrams
 
@@ -40,7 +40,7 @@ def prepare_data(fasta: list[str], work_dir: Path) -> tuple[Path, Path]:
         started = time.perf_counter()
         tokenizer = train_tokenizer(record.sequence for path in fasta for record in read_fasta(path))
         with atomic_directory(work_dir / "tokenizer") as folder:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
         print(f"  {len(tokenizer)} tokens, {time.perf_counter() - started:.1f} s", flush=True)
     if not corpus_dir.exists():
         started = time.perf_counter()

@@ -1,5 +1,6 @@
 """A pretraining run from its arguments to its report."""
 
+import dataclasses
 import logging
 import shutil
 import sys
@@ -65,7 +66,7 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
     corpus = Corpus.open(data_args.corpus, verify=main_process)
     vocabulary = load_ngrams(data_args.ngrams, corpus)
     if data_args.max_ngrams is not None:
-        vocabulary.max_ngrams = data_args.max_ngrams
+        vocabulary = dataclasses.replace(vocabulary, max_ngrams=data_args.max_ngrams)
     train_dataset, eval_dataset, masking = build_datasets(data_args, args.seed, corpus, vocabulary)
     config = build_config(data_args, corpus, vocabulary)
 
