@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 from dnazen.data.shards import Corpus
-from dnazen.ngram.extract import build_ngrams
+from dnazen.ngram.extract import build_ngrams, summarize
 
 PARAMETERS = ("min_pmi", "min_count", "min_pair_count", "min_len", "max_len", "num_workers", "long_pieces")
 
@@ -28,13 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     parameters = {name: getattr(args, name) for name in PARAMETERS}
     manifest = build_ngrams(Corpus.open(args.corpus), args.output_dir, **parameters)
-    statistics, seconds = manifest["statistics"], manifest["seconds"]
-    tokens, candidates, kept = (statistics[name] for name in ("num_tokens", "num_candidates", "num_ngrams"))
-    print(f"tokens      {tokens:,} in {seconds:.2f} s ({tokens / max(seconds, 1e-3) / 1e6:.1f} M tokens/s)")
-    print(f"candidates  {candidates:,}: {kept:,} kept, {candidates - kept:,} occur fewer than {args.min_count} times")
-    print(f"long runs   {statistics['num_long_pieces']:,} of more than {args.max_len} tokens ({args.long_pieces})")
-    for length, number in statistics["num_ngrams_by_length"].items():
-        print(f"G-grams     {number:,} of {length} tokens")
+    print(summarize(manifest))
     print("most frequent: count, PMI of the weakest pair in bits, tokens")
     with open(Path(args.output_dir) / "ngrams.tsv") as file:
         for row in itertools.islice(csv.DictReader(file, delimiter="\t"), 10):

@@ -182,6 +182,21 @@ def build_ngrams(corpus: Any, output_dir: str | PathLike, **parameters: Any) -> 
     return manifest
 
 
+def summarize(manifest: dict[str, Any]) -> str:
+    """What a person wants to know of an extraction, in lines of text."""
+    statistics, parameters, seconds = (manifest[name] for name in ("statistics", "parameters", "seconds"))
+    tokens, candidates, kept = (statistics[name] for name in ("num_tokens", "num_candidates", "num_ngrams"))
+    rare, lengths = f"{candidates - kept:,} too rare", statistics["num_ngrams_by_length"]
+    return "\n".join(
+        [
+            f"tokens      {tokens:,} in {seconds:.2f} s ({tokens / max(seconds, 1e-3) / 1e6:.1f} M tokens/s)",
+            f"candidates  {candidates:,}: {kept:,} kept, {rare}",
+            f"long runs   {statistics['num_long_pieces']:,} ({parameters.get('long_pieces', 'drop')})",
+            *(f"G-grams     {number:,} of {length} tokens" for length, number in lengths.items()),
+        ]
+    )
+
+
 def _iterate_blocks(shards: Sequence[Shard]) -> Iterator[Block]:
     for number, (_, offsets) in enumerate(shards):
         first = 0

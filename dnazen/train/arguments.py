@@ -7,6 +7,9 @@ from transformers import TrainingArguments
 
 from dnazen.files import InputError
 
+# (tokens of a micro-batch, learning rate): what fits 80 GB, and DNABERT-2's rate at its size; tiny suits a CPU
+SIZE_DEFAULTS = {"tiny": (2048, 2e-3), "base": (32768, 5e-4), "large": (16384, 4e-4), "xlarge": (4096, 2e-4)}
+
 
 @dataclass
 class DataArguments:
@@ -20,7 +23,9 @@ class DataArguments:
     ngrams: str | None = field(default=None, metadata={"help": "folder written by `dnazen ngrams`"})
     work_dir: str = field(default="runs", metadata={"help": "where --fasta is prepared and default outputs go"})
     model: str = field(default="tiny", metadata={"help": "tiny, base, large, xlarge, or a config.json"})
-    max_batch_tokens: int = field(default=8192, metadata={"help": "tokens of a micro-batch on one device"})
+    max_batch_tokens: int | None = field(
+        default=None, metadata={"help": "tokens of a micro-batch on one device; default: by model size"}
+    )
     mlm_probability: float = field(default=0.15, metadata={"help": "chance of a token to be drawn for masking"})
     mask_target: str = field(
         default="drawn",
@@ -51,17 +56,16 @@ class PretrainingArguments(TrainingArguments):
     """Hugging Face's arguments; defaults after DNABERT-2's pretraining where the paper is silent."""
 
     output_dir: str | None = field(default=None, metadata={"help": "default: <work_dir>/<name>/<model>"})
-    num_train_epochs: float = 12.0
-    learning_rate: float = 5e-4
+    learning_rate: float = field(default=5e-4, metadata={"help": "default: by model size"})
     weight_decay: float = 0.01
     adam_beta2: float = 0.98
     adam_epsilon: float = 1e-6
     warmup_steps: float = 0.06
     bf16: bool = True
-    logging_steps: float = 10
+    logging_steps: float = 25
     eval_strategy: str = "steps"
-    eval_steps: float | None = 100
-    save_steps: float = 100
+    eval_steps: float | None = 250
+    save_steps: float = 500
     save_total_limit: int | None = 3
     # a loss that is not finite must stop the run, not be averaged away
     logging_nan_inf_filter: bool = False

@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 
 import dnazen.data
+from dnazen.data import shards
 from dnazen.data.fasta import read_fasta
-from dnazen.data.shards import Corpus, build_corpus, summarize
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from dnazen.files import InputError, atomic_directory, sha256_file
-from dnazen.ngram.extract import build_ngrams
+from dnazen.ngram import extract
 
 PACKAGED_GENOME = Path(dnazen.data.__file__).parent / "genomes" / "ecoli536_NC_008253.fna.gz"
 
@@ -45,13 +45,13 @@ def prepare_data(fasta: list[str], work_dir: Path) -> tuple[Path, Path]:
     if not corpus_dir.exists():
         started = time.perf_counter()
         print("Cleaning and tokenizing", flush=True)
-        print(summarize(build_corpus(fasta, load_tokenizer(work_dir / "tokenizer"), corpus_dir)), flush=True)
+        print(shards.summarize(shards.build_corpus(fasta, load_tokenizer(work_dir / "tokenizer"), corpus_dir)), flush=True)
         print(f"  {time.perf_counter() - started:.1f} s", flush=True)
-    corpus = Corpus.open(corpus_dir)
+    corpus = shards.Corpus.open(corpus_dir)
     found = [source["sha256"] for source in corpus.manifest["sources"]]
     if found != [sha256_file(path) for path in fasta]:
         raise InputError(f"{work_dir} was prepared from other FASTA files; give another --work_dir or remove it")
     if not ngrams_dir.exists():
         print("Extracting G-grams", flush=True)
-        build_ngrams(corpus, ngrams_dir)
+        print(extract.summarize(extract.build_ngrams(corpus, ngrams_dir)), flush=True)
     return corpus_dir, ngrams_dir

@@ -17,7 +17,7 @@ from dnazen.data.shards import Corpus
 from dnazen.files import InputError, write_json
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.ngram.vocab import NgramVocabulary, load_ngrams
-from dnazen.train.arguments import DataArguments, PretrainingArguments
+from dnazen.train.arguments import SIZE_DEFAULTS, DataArguments, PretrainingArguments
 from dnazen.train.checkpoint import find_checkpoint, publish_folder, verify_checkpoint
 from dnazen.train.metrics import Score, baseline_scores, count_tokens, format_scores, plot_loss_curve
 from dnazen.train.prepare import PACKAGED_GENOME, genome_name, prepare_data
@@ -39,9 +39,12 @@ def main() -> int:
             name = genome_name(fasta)
             corpus_dir, ngrams_dir = prepare_data(fasta, Path(data_args.work_dir) / name)
             data_args.corpus, data_args.ngrams = str(corpus_dir), str(ngrams_dir)
+        max_batch_tokens, learning_rate = SIZE_DEFAULTS.get(data_args.model, SIZE_DEFAULTS["base"])
+        data_args.max_batch_tokens = data_args.max_batch_tokens or max_batch_tokens
+        output_dir = Path(data_args.work_dir) / name / Path(data_args.model).stem
+        # what stands later on a command line wins
+        rest = ["--learning_rate", str(learning_rate), "--output_dir", str(output_dir), *rest]
         (training_args,) = HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses(rest)
-        if training_args.output_dir is None:
-            training_args.output_dir = str(Path(data_args.work_dir) / name / Path(data_args.model).stem)
         pretrain(data_args, training_args)
     except (InputError, OSError, FloatingPointError) as error:
         print(f"dnazen: error: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from dnazen.data.collator import PackedDataset
@@ -37,6 +37,7 @@ class PretrainingTrainer(Trainer):
     number (not a mean of means). Data order and position do not depend on the number of processes.
 
     Args:
+        args: with `max_steps` not set, it is computed from `num_train_epochs`.
         train_dataset, eval_dataset: packed splits; the evaluation's masking never changes.
         vocabulary: saved beside the weights.
         max_batch_tokens: token budget of a micro-batch.
@@ -48,6 +49,7 @@ class PretrainingTrainer(Trainer):
     def __init__(
         self,
         *,
+        args: TrainingArguments,
         train_dataset: PackedDataset,
         eval_dataset: PackedDataset,
         vocabulary: NgramVocabulary,
@@ -56,29 +58,33 @@ class PretrainingTrainer(Trainer):
         checkpoint: tuple[Path, dict[str, Any]] | None = None,
         **kwargs,
     ):
-        super().__init__(train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-        self.vocabulary, self.max_batch_tokens, self.agreement = vocabulary, max_batch_tokens, agreement
-        self.add_callback(LogBeforeSaving())
-        # our sampler starts at the checkpoint's position, so Trainer must not skip batches by itself
-        self.args.ignore_data_skip = True
         self.resumed_step = self.resumed_position = 0
-        self._universal = False
         if checkpoint is not None:
             path, manifest = checkpoint
             check_agreement(path, manifest["agreement"], agreement)
             self.resumed_step, self.resumed_position = manifest["step"], manifest["position"]
-            if self.is_deepspeed_enabled and manifest["world_size"] != self.args.world_size:
-                self._prepare_universal(path)
         self.sampler = MicroBatchSampler(
             train_dataset.split.lengths,
             max_batch_tokens,
-            self.args.seed,
+            args.seed,
             start=self.resumed_position,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
+            rank=args.process_index,
+            world_size=args.world_size,
         )
-        if self.args.max_steps <= 0:
-            self.args.max_steps = self._steps_of(self.args.num_train_epochs)
+        # all processes together take so many in one optimizer step
+        self.micro_batches_per_step = args.world_size * args.gradient_accumulation_steps
+        if args.max_steps <= 0:
+            args.max_steps = self._steps_of(args.num_train_epochs)
+        # our sampler starts at the checkpoint's position, so Trainer must not skip batches by itself
+        args.ignore_data_skip = True
+        super().__init__(args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self.vocabulary, self.max_batch_tokens, self.agreement = vocabulary, max_batch_tokens, agreement
+        self.add_callback(LogBeforeSaving())
+        self._universal = (
+            self.is_deepspeed_enabled and checkpoint is not None and manifest["world_size"] != args.world_size
+        )
+        if self._universal:
+            self._prepare_universal(path)
         self._staging: Path | None = None
         self._paused_seconds = 0.0  # time of this logging interval that was not training
         self._logged_at: float | None = None
@@ -87,11 +93,6 @@ class PretrainingTrainer(Trainer):
         self.train_seconds = 0.0
 
     # -- data ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Micro-batches that all processes together take in one optimizer step."""
-        return self.args.world_size * self.args.gradient_accumulation_steps
 
     def _steps_of(self, epochs: float) -> int:
         whole = int(epochs)
@@ -235,7 +236,6 @@ class PretrainingTrainer(Trainer):
             convert_to_universal(checkpoint)
         self.accelerator.wait_for_everyone()
         self.accelerator.state.deepspeed_plugin.deepspeed_config.setdefault("checkpoint", {})["load_universal"] = True
-        self._universal = True
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)

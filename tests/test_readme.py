@@ -1,0 +1,92 @@
+"""Every command and every line of Python in the README runs, in order, in a fresh folder."""
+
+import gzip
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dnazen.train.prepare import PACKAGED_GENOME
+from tests.train.launch import environment, free_port
+
+# a few steps are enough to see that a command runs; what a reader would wait for is measured elsewhere
+SHORT = ["--max_steps", "2", "--eval_steps", "2", "--disable_tqdm", "True", "--max_batch_tokens", "1024"]
+SMALL_MODEL = (
+    '{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, '
+    '"num_hidden_ngram_layers": 1}'
+)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def run(line: str, folder: Path) -> str:
+    """Run one line of the README, shortened, `base` replaced by a small configuration, `hostfile` by this machine."""
+    words = line.split()
+    if words[0] == "deepspeed":
+        words = [*words, *SHORT]
+        words[1:1] = ["--master_port", str(free_port())]
+    words = ["small.json" if word == "base" else word for word in words]
+    result = subprocess.run(
+        words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+    )
+    assert result.returncode == 0, f"{' '.join(words)}\n{result.stdout[-5000:]}"
+    return result.stdout
+
+
+@pytest.fixture
+def folder(root, tmp_path):
+    """What the commands find around them: the project's own folders and a genome."""
+    for name in ("dnazen", "ds_configs"):
+        os.symlink(root / name, tmp_path / name)
+    with gzip.open(PACKAGED_GENOME, "rt") as source, gzip.open(tmp_path / "my_genome.fa.gz", "wt") as target:
+        target.writelines(line for _, line in zip(range(8000), source))
+    (tmp_path / "hostfile").write_text("localhost slots=2\n")
+    (tmp_path / "small.json").write_text(SMALL_MODEL)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs(root, folder):
+    text = (root / "README.md").read_text()
+    lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
+    assert len(lines) >= 8
+    for line in lines:
+        if line.startswith("make "):
+            recipe = subprocess.run(
+                ["make", "-n", line.split()[1]], cwd=root, capture_output=True, text=True, check=True
+            ).stdout
+            assert ("deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json\n" in recipe) == (line == "make pretrain")
+            continue
+        output = run(line, folder)
+        if line.startswith("deepspeed"):
+            assert "previous token" in output and "loss curve" in output
+    for name in ("final/model.safetensors", "final/ngram.json", "loss_curve.png", "report.json", "run.json"):
+        assert (folder / "my" / "model" / name).is_file()
+    assert (folder / "runs" / "my_genome" / "tiny" / "final").is_dir()
+    for block in blocks(text, "python"):
+        output = subprocess.run(
+            [sys.executable, "-c", block], cwd=folder, env=environment(), capture_output=True, text=True
+        )
+        assert output.returncode == 0, output.stderr
+        assert "torch.Size" in output.stdout
+
+
+@pytest.mark.slow
+def test_the_main_job_runs_with_no_other_argument(root, folder):
+    """What `make pretrain` runs, cut short: the packaged genome, whole, on the tiny model."""
+    output = run("deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json", folder)
+    assert "4,938,920 bases" in output and "bf16" in output and "DNAZEN tiny: 3." in output
+    assert (folder / "runs" / "ecoli536_NC_008253" / "tiny" / "report.json").is_file()
+
+
+def test_pictures_and_files_the_readme_shows_exist(root):
+    text = (root / "README.md").read_text()
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (root / path).is_file(), path
+    assert shutil.which("make")
