@@ -81,13 +81,15 @@ def main() -> None:
             metric: [report["held_out"]["DNAZEN tiny"][metric] for report in reports] for metric in ("loss", "accuracy")
         }
         rows[variant]["effective_mask_rate"] = [report["effective_mask_rate"] for report in reports]
+    extraction = json.loads((ngrams / "manifest.json").read_text())
     result = {
         "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")},
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
         "seconds": seconds,
-        "ngrams": json.loads((ngrams / "manifest.json").read_text())["statistics"],
+        "ngrams": extraction["statistics"],
+        "extraction_tokens_per_second": extraction["statistics"]["num_tokens"] / extraction["seconds"],
         "report": json.loads((out / "200-steps" / "report.json").read_text()),
         "ablation": rows,
         "ablation_baselines": {name: score for name, score in reports[-1]["held_out"].items() if "DNAZEN" not in name},

@@ -25,7 +25,8 @@ class MicroBatch(NamedTuple):
 
 def epoch_order(num_sequences: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of `[0, num_sequences)` that depends on (seed, epoch) alone."""
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, epoch])).permutation(num_sequences)
+    # the 1 keeps these draws apart from those of masking
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 1, 0, epoch])).permutation(num_sequences)
 
 
 def pack_by_budget(lengths: np.ndarray, order: np.ndarray, max_batch_tokens: int) -> list[np.ndarray]:

@@ -15,6 +15,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+from dnazen_kernels.ngram_matching import ngram_matching
 from dnazen_kernels.ngram_matching.reference import LENGTH_SHIFT, pack_ngrams, token_bits
 
 from dnazen.data.tokenizer import tokenizer_checksum
@@ -151,6 +152,7 @@ def build_ngrams(corpus: Any, output_dir: str | PathLike, **parameters: Any) -> 
     """
     start = time.perf_counter()
     tokenizer = corpus.tokenizer
+    parameters = {**extract_ngrams.__kwdefaults__, **parameters}
     extraction = extract_ngrams(corpus.train.shards, vocab_size=len(tokenizer), **parameters)
     seconds = round(time.perf_counter() - start, 3)
     if not extraction.ngrams:
@@ -163,8 +165,10 @@ def build_ngrams(corpus: Any, output_dir: str | PathLike, **parameters: Any) -> 
     lengths = [len(ngram) for ngram in ngrams]
     statistics["num_ngrams"] = len(ngrams)
     statistics["num_ngrams_by_length"] = {n: lengths.count(n) for n in sorted(set(lengths))}
+    vocabulary = NgramVocabulary(ngrams, list(range(1, len(ngrams) + 1)))
+    statistics["ngrams_per_sequence"], statistics["covered_tokens"] = measure_density(vocabulary, corpus)
     with atomic_directory(output_dir) as directory:
-        NgramVocabulary(ngrams, list(range(1, len(ngrams) + 1))).save_pretrained(directory, tokenizer)
+        vocabulary.save_pretrained(directory, tokenizer)
         with open(directory / "ngrams.tsv", "w") as file:
             file.write("id\ttokens\tbases\tlength\tcount\tpmi\n")
             for ngram_id, (ngram, count, pmi) in enumerate(zip(ngrams, counts, pmis, strict=True), 1):
@@ -182,6 +186,18 @@ def build_ngrams(corpus: Any, output_dir: str | PathLike, **parameters: Any) -> 
     return manifest
 
 
+def measure_density(vocabulary: NgramVocabulary, corpus: Any, max_sequences: int = 1000) -> tuple[float, float]:
+    """Mean number of G-grams matched in a training sequence, and the share of its tokens that they cover.
+
+    Looks at the first `max_sequences` sequences.
+    """
+    sequences = [corpus.train[index] for index in range(min(max_sequences, len(corpus.train)))]
+    cu_seqlens = np.cumsum([0, *map(len, sequences)]).astype(np.int32)
+    matches = ngram_matching(np.concatenate(sequences), cu_seqlens, vocabulary.table(len(corpus.tokenizer)))
+    covered = np.count_nonzero(np.diff(matches.token_offsets))
+    return round(len(matches.ngram_input_ids) / len(sequences), 2), round(covered / int(cu_seqlens[-1]), 4)
+
+
 def summarize(manifest: dict[str, Any]) -> str:
     """What a person wants to know of an extraction, in lines of text."""
     statistics, parameters, seconds = (manifest[name] for name in ("statistics", "parameters", "seconds"))
@@ -191,7 +207,9 @@ def summarize(manifest: dict[str, Any]) -> str:
         [
             f"tokens      {tokens:,} in {seconds:.2f} s ({tokens / max(seconds, 1e-3) / 1e6:.1f} M tokens/s)",
             f"candidates  {candidates:,}: {kept:,} kept, {rare}",
-            f"long runs   {statistics['num_long_pieces']:,} ({parameters.get('long_pieces', 'drop')})",
+            f"long runs   {statistics['num_long_pieces']:,} of more than {parameters['max_len']} tokens ({parameters['long_pieces']})",
+            f"density     {statistics['ngrams_per_sequence']} G-grams in a sequence, over "
+            f"{100 * statistics['covered_tokens']:.1f} % of its tokens",
             *(f"G-grams     {number:,} of {length} tokens" for length, number in lengths.items()),
         ]
     )

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dnazen.files import InputError, read_json, sha256_file, write_json
 
@@ -74,30 +74,43 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and why newer ones were passed over.
+class Checkpoint(NamedTuple):
+    """A whole checkpoint, its `checkpoint.json`, and why newer ones were passed over."""
+
+    path: Path
+    manifest: dict[str, Any]
+    problems: list[str]
+
+
+def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
+    """The checkpoint to go on from, if there is one.
 
     Args:
         output_dir: the run's folder.
-        resume: a checkpoint's path, or None for the newest whole one in `output_dir`, if any.
+        resume: a checkpoint's path, or None for the newest whole one in `output_dir`.
 
     Raises:
         InputError: the named checkpoint is not whole, or there are checkpoints and none is whole.
     """
     if resume is not None:
-        verify_checkpoint(Path(resume))
-        return Path(resume), []
+        return Checkpoint(Path(resume), verify_checkpoint(Path(resume)), [])
     problems: list[str] = []
     for path in list_checkpoints(output_dir):
         try:
-            verify_checkpoint(path)
+            return Checkpoint(path, verify_checkpoint(path), problems)
         except InputError as error:
             problems.append(str(error))
-        else:
-            return path, problems
     if problems:
         raise InputError(f"{output_dir}: none of its checkpoints is whole: " + "; ".join(problems))
-    return None, []
+    return None
+
+
+def copy_model(checkpoint: Path, target: Path) -> None:
+    """Copy what `from_pretrained` reads out of a checkpoint."""
+    target.mkdir(parents=True)
+    for path in checkpoint.iterdir():
+        if path.suffix in (".json", ".safetensors") and path.name not in (MANIFEST, "trainer_state.json"):
+            shutil.copy2(path, target)
 
 
 def check_agreement(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:

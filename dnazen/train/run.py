@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_model
 from transformers import HfArgumentParser, TrainerState, set_seed
 
 import dnazen
@@ -18,7 +20,7 @@ from dnazen.files import InputError, write_json
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.ngram.vocab import NgramVocabulary, load_ngrams
 from dnazen.train.arguments import SIZE_DEFAULTS, DataArguments, PretrainingArguments
-from dnazen.train.checkpoint import find_checkpoint, publish_folder, verify_checkpoint
+from dnazen.train.checkpoint import Checkpoint, copy_model, find_checkpoint, publish_folder
 from dnazen.train.metrics import Score, baseline_scores, count_tokens, format_scores, plot_loss_curve
 from dnazen.train.prepare import PACKAGED_GENOME, genome_name, prepare_data
 from dnazen.train.trainer import PretrainingTrainer
@@ -31,6 +33,9 @@ def main() -> int:
     """Run `dnazen/pretrain.py`'s command line; the exit status is 1, with one line on stderr, for unusable input."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            HfArgumentParser((DataArguments, PretrainingArguments)).print_help()
+            return 0
         # Trainer's arguments join the process group, so the data is prepared before they are parsed
         data_args, rest = HfArgumentParser(DataArguments).parse_args_into_dataclasses(return_remaining_strings=True)
         name = Path(data_args.corpus).resolve().name if data_args.corpus else None
@@ -44,7 +49,10 @@ def main() -> int:
         output_dir = Path(data_args.work_dir) / name / Path(data_args.model).stem
         # what stands later on a command line wins
         rest = ["--learning_rate", str(learning_rate), "--output_dir", str(output_dir), *rest]
-        (training_args,) = HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses(rest)
+        try:
+            (training_args,) = HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses(rest)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         pretrain(data_args, training_args)
     except (InputError, OSError, FloatingPointError) as error:
         print(f"dnazen: error: {error}", file=sys.stderr)
@@ -74,14 +82,8 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
     config = build_config(data_args, corpus, vocabulary)
 
     output_dir = Path(args.output_dir)
-    if main_process:
-        for unfinished in output_dir.glob(".checkpoint-*.tmp"):
-            print(f"removing {unfinished}: a checkpoint whose writing was cut off")
-            shutil.rmtree(unfinished)
-    resume = args.resume_from_checkpoint
-    resume = None if str(resume).lower() in ("none", "true", "last", "latest") else resume
-    path, problems = find_checkpoint(output_dir, resume)
-    checkpoint = (path, verify_checkpoint(path)) if path else None
+    checkpoint = choose_checkpoint(output_dir, args.resume_from_checkpoint) if main_process else None
+    (checkpoint,) = broadcast_object_list([checkpoint])
     model = DNAZenForMaskedLM(config)
     trainer = PretrainingTrainer(
         model=model,
@@ -104,22 +106,37 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
         },
     )
     if main_process:
-        for problem in problems:
-            print(f"passing over a checkpoint that is not whole: {problem}")
-        print(describe(data_args, args, corpus, vocabulary, masking, trainer, path), flush=True)
+        print(describe(data_args, args, corpus, vocabulary, masking, trainer, checkpoint), flush=True)
 
-    if checkpoint is not None and checkpoint[1]["step"] >= args.max_steps:
-        # nothing is left to train: evaluate what is there
-        trainer.model = trainer.model_wrapped = DNAZenForMaskedLM.from_pretrained(path).to(args.device)
-        trainer.state = TrainerState.load_from_json(str(path / "trainer_state.json"))
+    final, unfinished = output_dir / "final", output_dir / ".final.tmp"
+    if checkpoint is not None and checkpoint.manifest["step"] >= args.max_steps:
+        if main_process:
+            print("nothing is left to train", flush=True)
+        load_model(model.to(args.device), checkpoint.path / "model.safetensors")
+        trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+        if main_process:
+            copy_model(checkpoint.path, unfinished)
     else:
-        trainer.train(resume_from_checkpoint=str(path) if path else None)
-    metrics = trainer.evaluate()
-    trainer.save_model(str(output_dir / ".final.tmp"))
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        trainer.save_model(str(unfinished))
+    log = trainer.state.log_history
+    evaluated = [entry for entry in log if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
+    metrics = evaluated[-1] if evaluated else trainer.evaluate()
     trainer.accelerator.wait_for_everyone()
     if main_process:
-        publish_folder(output_dir / ".final.tmp", output_dir / "final")
+        publish_folder(unfinished, final)
         report(trainer, metrics, corpus, data_args.model)
+
+
+def choose_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
+    """What to go on from, after clearing away what a killed run left half-written; says what it does."""
+    for unfinished in output_dir.glob(".*.tmp"):
+        print(f"removing {unfinished}: its writing was cut off")
+        shutil.rmtree(unfinished)
+    checkpoint = find_checkpoint(output_dir, None if resume in ("True", "true", "last", "latest") else resume)
+    for problem in checkpoint.problems if checkpoint else ():
+        print(f"passing over a checkpoint that is not whole: {problem}")
+    return checkpoint
 
 
 # what a checkpoint's configuration may differ in from the run that resumes it
@@ -159,7 +176,7 @@ def describe(
     vocabulary: NgramVocabulary,
     masking: Masking,
     trainer: PretrainingTrainer,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
 ) -> str:
     """What is about to run, in a few lines; also written to `run.json` beside the weights."""
     output_dir = Path(args.output_dir)
@@ -189,7 +206,7 @@ def describe(
         f"{100 * masking.mlm_probability:.1f} % of tokens drawn",
         f"steps: {args.max_steps}, each {trainer.micro_batches_per_step} micro-batch(es) of up to "
         f"{data_args.max_batch_tokens:,} tokens",
-        f"output: {output_dir}" + (f", resuming from {checkpoint.name}" if checkpoint else ""),
+        f"output: {output_dir}" + (f", resuming from {checkpoint.path.name}" if checkpoint else ""),
     ]
     return "\n".join(lines)
 

@@ -16,7 +16,13 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from dnazen.data.collator import PackedDataset
 from dnazen.data.sampler import MicroBatch, MicroBatchSampler, pack_by_budget
 from dnazen.ngram.vocab import NgramVocabulary
-from dnazen.train.checkpoint import check_agreement, convert_to_universal, rotate_checkpoints, seal_checkpoint
+from dnazen.train.checkpoint import (
+    Checkpoint,
+    check_agreement,
+    convert_to_universal,
+    rotate_checkpoints,
+    seal_checkpoint,
+)
 
 Batch = dict[str, torch.Tensor | int]
 
@@ -42,7 +48,7 @@ class PretrainingTrainer(Trainer):
         vocabulary: saved beside the weights.
         max_batch_tokens: token budget of a micro-batch.
         agreement: what a run and the checkpoint it resumes from must have in common.
-        checkpoint: the whole checkpoint to resume from and its manifest, or None.
+        checkpoint: the one to resume from, or None.
         **kwargs: Trainer's own arguments.
     """
 
@@ -55,14 +61,13 @@ class PretrainingTrainer(Trainer):
         vocabulary: NgramVocabulary,
         max_batch_tokens: int,
         agreement: dict[str, Any],
-        checkpoint: tuple[Path, dict[str, Any]] | None = None,
+        checkpoint: Checkpoint | None = None,
         **kwargs,
     ):
         self.resumed_step = self.resumed_position = 0
         if checkpoint is not None:
-            path, manifest = checkpoint
-            check_agreement(path, manifest["agreement"], agreement)
-            self.resumed_step, self.resumed_position = manifest["step"], manifest["position"]
+            check_agreement(checkpoint.path, checkpoint.manifest["agreement"], agreement)
+            self.resumed_step, self.resumed_position = checkpoint.manifest["step"], checkpoint.manifest["position"]
         self.sampler = MicroBatchSampler(
             train_dataset.split.lengths,
             max_batch_tokens,
@@ -81,10 +86,12 @@ class PretrainingTrainer(Trainer):
         self.vocabulary, self.max_batch_tokens, self.agreement = vocabulary, max_batch_tokens, agreement
         self.add_callback(LogBeforeSaving())
         self._universal = (
-            self.is_deepspeed_enabled and checkpoint is not None and manifest["world_size"] != args.world_size
+            self.is_deepspeed_enabled
+            and checkpoint is not None
+            and checkpoint.manifest["world_size"] != args.world_size
         )
         if self._universal:
-            self._prepare_universal(path)
+            self._prepare_universal(checkpoint.path)
         self._staging: Path | None = None
         self._paused_seconds = 0.0  # time of this logging interval that was not training
         self._logged_at: float | None = None
