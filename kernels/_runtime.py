@@ -1,10 +1,29 @@
 """Choice of implementation, shared by all operators."""
 
-IMPLEMENTATIONS = ("auto", "reference")
+import importlib.util
+import os
+
+import torch
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # without importing it
 
 
-def resolve_impl(impl: str) -> str:
-    """Return `impl`: "auto" (the best that runs here) or "reference" (the definition); ValueError otherwise."""
+def resolve_impl(impl: str, device: torch.device) -> str:
+    """What to run for tensors on `device`: "triton" or "reference".
+
+    "auto" is "triton" on a CUDA device where triton is installed, else "reference".
+
+    Raises:
+        ValueError: unknown `impl`.
+        RuntimeError: "triton" was asked for by name and cannot run.
+    """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
+    if impl == "auto":
+        return "triton" if _HAS_TRITON and device.type == "cuda" else "reference"
+    if impl == "triton" and not _HAS_TRITON:
+        raise RuntimeError("impl='triton' needs the package triton, which is not installed")
+    if impl == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"impl='triton' needs CUDA tensors, or TRITON_INTERPRET=1 to interpret, got {device.type}")
     return impl

@@ -37,7 +37,8 @@ def ngram_fusion(
         ValueError: shapes that do not fit together; an unknown `impl`.
     """
     _check(hidden_states, ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens)
-    if resolve_impl(impl) == "reference":
+    resolve_impl(impl, hidden_states.device)
+    if impl == "reference":
         return ngram_fusion_index_add(hidden_states, ngram_hidden_states, token_offsets, token_ngrams)
     return _NgramFusion.apply(
         hidden_states, ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens

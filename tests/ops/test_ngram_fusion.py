@@ -130,5 +130,5 @@ def test_fusion_contract(change, error, message):
 
 def test_fusion_unknown_impl():
     csr = make_csr(torch.zeros(3, 2), torch.int32)
-    with pytest.raises(ValueError, match="impl must be one of 'auto', 'reference', got 'cuda'"):
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'triton', 'reference', got 'cuda'"):
         ngram_fusion(torch.zeros(3, 4), torch.zeros(2, 4), *csr, impl="cuda")
