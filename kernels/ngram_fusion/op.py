@@ -1,25 +1,32 @@
-"""The fusion on packed input as two gathers: one over the CSR view by token, one (backward) by G-gram."""
+"""The fusion on packed input: its contract, and its Triton kernels as operators of torch.
+
+Each operator sums the rows of a CSR view; the backward is the same sum over the other view of the same edges.
+"""
 
 import torch
-import torch.nn.functional as F
 from dnazen_kernels._runtime import resolve_impl
-from dnazen_kernels.ngram_fusion.reference import accumulation_dtype, ngram_fusion_index_add
+from dnazen_kernels.ngram_fusion.reference import (
+    accumulation_dtype,
+    ngram_fusion_index_add,
+    residual_layer_norm_eager,
+)
+from torch import Tensor
 
 
 def ngram_fusion(
-    hidden_states: torch.Tensor,
-    ngram_hidden_states: torch.Tensor,
-    token_offsets: torch.Tensor,
-    token_ngrams: torch.Tensor,
-    ngram_offsets: torch.Tensor,
-    ngram_tokens: torch.Tensor,
+    hidden_states: Tensor,
+    ngram_hidden_states: Tensor,
+    token_offsets: Tensor,
+    token_ngrams: Tensor,
+    ngram_offsets: Tensor,
+    ngram_tokens: Tensor,
     *,
     impl: str = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """Add to each token the states of the G-grams that cover it; paper section 2.3, eq. (4).
 
-    The sum is 0/1 weighted and accumulated in fp32 (fp64 if any input is fp64). Forward and backward are gathers
-    in a fixed order: no atomics, the same bits on every run. Only indices are kept for the backward, O(T + E).
+    The sum is 0/1 weighted and accumulated in fp32 (fp64 if any input is fp64), in a fixed order: the same bits on
+    every run. Only indices are kept for the backward, O(T + E).
 
     Args:
         hidden_states: token states `[T, H]`, floating point.
@@ -27,7 +34,7 @@ def ngram_fusion(
         token_offsets, token_ngrams: `[T + 1]` and `[E]`, int32 or int64: which G-grams cover token t.
         ngram_offsets, ngram_tokens: `[N + 1]` and `[E]`, of the same type: which tokens G-gram j covers. Both views
             must describe the same edges; that is not checked, for it would cost a device synchronisation.
-        impl: "auto", or "reference" for `index_add`.
+        impl: "triton", "reference" (`index_add`), or "auto": Triton on a GPU, else the reference.
 
     Returns:
         `[T, H]` in the dtype of `hidden_states`.
@@ -35,47 +42,171 @@ def ngram_fusion(
     Raises:
         TypeError: wrong dtypes.
         ValueError: shapes that do not fit together; an unknown `impl`.
+        RuntimeError: `impl="triton"` cannot run here.
     """
-    _check(hidden_states, ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens)
-    resolve_impl(impl, hidden_states.device)
-    if impl == "reference":
+    csr = (token_offsets, token_ngrams, ngram_offsets, ngram_tokens)
+    if not torch.compiler.is_compiling():
+        _check_rows(hidden_states.shape[-1], hidden_states=hidden_states)
+        _check_ngrams(hidden_states, ngram_hidden_states, *csr)
+    if resolve_impl(impl, hidden_states.device) == "reference":
         return ngram_fusion_index_add(hidden_states, ngram_hidden_states, token_offsets, token_ngrams)
-    return _NgramFusion.apply(
-        hidden_states, ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens
+    return _ngram_fusion(hidden_states, ngram_hidden_states, *csr)
+
+
+def residual_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    ngram_hidden_states: Tensor | None = None,
+    token_offsets: Tensor | None = None,
+    token_ngrams: Tensor | None = None,
+    ngram_offsets: Tensor | None = None,
+    ngram_tokens: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """`LayerNorm(x + residual) * weight + bias`, and on top of it, if there are G-grams, their fusion, in one pass.
+
+    Statistics and sums are in fp32 (fp64 if `x` or `residual` is fp64). The backward keeps `x`, `residual` and two
+    numbers per row; its sums over rows are in a fixed order, the same bits on every run on the same device.
+
+    Args:
+        x, residual: `[T, H]`, floating point.
+        weight, bias: `[H]`, floating point of any dtype.
+        eps: added to the variance, in fp32.
+        ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens: as in `ngram_fusion`; all or none.
+        impl: as in `ngram_fusion`; the reference is `F.layer_norm`, then `index_add`.
+
+    Returns:
+        `[T, H]` in the dtype of `x + residual`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `ngram_fusion`.
+    """
+    ngrams = (ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens)
+    if not torch.compiler.is_compiling():
+        _check_rows(weight.shape[0], x=x, residual=residual)
+        for name, tensor, shape in (("residual", residual, x.shape), ("bias", bias, weight.shape)):
+            if tensor.shape != shape:
+                raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        if any(tensor is None for tensor in ngrams) != all(tensor is None for tensor in ngrams):
+            raise ValueError("ngram_hidden_states and the four CSR tensors must be given all or none, got some of them")
+        if ngram_hidden_states is not None:
+            _check_ngrams(x, *ngrams)
+    if resolve_impl(impl, x.device) == "reference":
+        hidden_states = residual_layer_norm_eager(x, residual, weight, bias, eps)
+        return hidden_states if ngram_hidden_states is None else ngram_fusion_index_add(hidden_states, *ngrams[:3])
+    return _residual_layer_norm(x, residual, weight, bias, eps, *ngrams)[0]
+
+
+@torch.library.custom_op("dnazen::ngram_fusion", mutates_args=())
+def _ngram_fusion(
+    hidden_states: Tensor | None, ngram_hidden_states: Tensor,
+    token_offsets: Tensor, token_ngrams: Tensor, ngram_offsets: Tensor, ngram_tokens: Tensor,
+) -> Tensor:  # fmt: skip
+    from dnazen_kernels.ngram_fusion import triton_impl
+
+    return triton_impl.ngram_fusion(hidden_states, ngram_hidden_states, token_offsets, token_ngrams)
+
+
+@_ngram_fusion.register_fake
+def _(hidden_states, ngram_hidden_states, token_offsets, *_):
+    like = ngram_hidden_states if hidden_states is None else hidden_states
+    return like.new_empty(token_offsets.shape[0] - 1, ngram_hidden_states.shape[1])
+
+
+def _ngram_fusion_context(ctx, inputs, output):
+    _, ngram_hidden_states, *csr = inputs
+    ctx.save_for_backward(*csr)
+    ctx.ngram_dtype = ngram_hidden_states.dtype
+
+
+def _ngram_fusion_backward(ctx, grad):
+    grad_ngrams = _grad_of_ngrams(grad, ctx.ngram_dtype, *ctx.saved_tensors) if ctx.needs_input_grad[1] else None
+    return grad if ctx.needs_input_grad[0] else None, grad_ngrams, None, None, None, None
+
+
+def _grad_of_ngrams(grad, dtype, token_offsets, token_ngrams, ngram_offsets, ngram_tokens):
+    """The gradients of the tokens that each G-gram covers, summed: the fusion with its two views swapped."""
+    grad = grad.to(torch.promote_types(grad.dtype, dtype))
+    return _ngram_fusion(None, grad, ngram_offsets, ngram_tokens, token_offsets, token_ngrams).to(dtype)
+
+
+_ngram_fusion.register_autograd(_ngram_fusion_backward, setup_context=_ngram_fusion_context)
+
+
+@torch.library.custom_op("dnazen::residual_layer_norm", mutates_args=())
+def _residual_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, ngram_hidden_states: Tensor | None,
+    token_offsets: Tensor | None, token_ngrams: Tensor | None, ngram_offsets: Tensor | None,
+    ngram_tokens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from dnazen_kernels.ngram_fusion import triton_impl
+
+    return triton_impl.residual_layer_norm(
+        x, residual, weight, bias, eps, ngram_hidden_states, token_offsets, token_ngrams
     )
 
 
-class _NgramFusion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_states, ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens):
-        ctx.save_for_backward(ngram_offsets, ngram_tokens)
-        ctx.ngram_dtype = ngram_hidden_states.dtype
-        dtype = accumulation_dtype(hidden_states, ngram_hidden_states)
-        added = _gather_sum(ngram_hidden_states.to(dtype), token_offsets, token_ngrams)
-        return (hidden_states.to(dtype) + added).to(hidden_states.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        ngram_offsets, ngram_tokens = ctx.saved_tensors
-        grad = grad_output.to(accumulation_dtype(grad_output))
-        return grad_output, _gather_sum(grad, ngram_offsets, ngram_tokens).to(ctx.ngram_dtype), None, None, None, None
+@_residual_layer_norm.register_fake
+def _(x, residual, *_):
+    mean, rstd = (x.new_empty(x.shape[0], dtype=accumulation_dtype(x, residual)) for _ in range(2))
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype)), mean, rstd
 
 
-def _gather_sum(values: torch.Tensor, offsets: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Row i is the sum of `values[indices[offsets[i]:offsets[i + 1]]]`; zeros for an empty row."""
-    if indices.shape[0] == 0:
-        return values.new_zeros(offsets.shape[0] - 1, values.shape[1])
-    return F.embedding_bag(indices, values, offsets, mode="sum", include_last_offset=True)
+def _residual_layer_norm_context(ctx, inputs, output):
+    x, residual, weight, bias, _, ngram_hidden_states, *csr = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, residual, weight, mean, rstd, *csr)
+    ctx.bias_dtype = bias.dtype
+    ctx.ngram_dtype = None if ngram_hidden_states is None else ngram_hidden_states.dtype
 
 
-def _check(hidden_states, ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens) -> None:
-    hidden_size = hidden_states.shape[-1]
-    for name, states in (("hidden_states", hidden_states), ("ngram_hidden_states", ngram_hidden_states)):
+def _residual_layer_norm_backward(ctx, grad, _grad_mean, _grad_rstd):
+    if grad is None:
+        return (None,) * 10
+    x, residual, weight, mean, rstd, *csr = ctx.saved_tensors
+    grad_sum, parameter_grads = _residual_layer_norm_backward_op(grad, x, residual, weight, mean, rstd)
+    grad_ngrams = _grad_of_ngrams(grad, ctx.ngram_dtype, *csr) if ctx.needs_input_grad[5] else None
+    return (
+        grad_sum.to(x.dtype), grad_sum.to(residual.dtype), parameter_grads[0].to(weight.dtype),
+        parameter_grads[1].to(ctx.bias_dtype), None, grad_ngrams, None, None, None, None,
+    )  # fmt: skip
+
+
+_residual_layer_norm.register_autograd(_residual_layer_norm_backward, setup_context=_residual_layer_norm_context)
+
+
+@torch.library.custom_op("dnazen::residual_layer_norm_backward", mutates_args=())
+def _residual_layer_norm_backward_op(
+    grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    from dnazen_kernels.ngram_fusion import triton_impl
+
+    return triton_impl.residual_layer_norm_backward(grad, x, residual, weight, mean, rstd)
+
+
+@_residual_layer_norm_backward_op.register_fake
+def _(grad, x, residual, weight, mean, rstd):
+    return torch.empty_like(grad, memory_format=torch.contiguous_format), mean.new_empty(2, x.shape[1])
+
+
+def _check_rows(hidden_size: int, **tensors: Tensor) -> None:
+    for name, states in tensors.items():
         if not states.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {states.dtype}")
         if states.dim() != 2 or states.shape[1] != hidden_size:
             raise ValueError(f"{name} must have shape [rows, {hidden_size}], got {list(states.shape)}")
+
+
+def _check_ngrams(
+    hidden_states, ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens
+) -> None:
+    _check_rows(hidden_states.shape[1], ngram_hidden_states=ngram_hidden_states)
     for name, tensor, size in (
         ("token_offsets", token_offsets, len(hidden_states) + 1),
         ("token_ngrams", token_ngrams, token_ngrams.numel()),

@@ -1,6 +1,7 @@
-"""The definition of the fusion, dense, and its sparse truth; paper section 2.3, eq. (4)."""
+"""The definition of the fusion, dense, and the same on packed input in plain PyTorch; paper section 2.3, eq. (4)."""
 
 import torch
+import torch.nn.functional as F
 
 
 def ngram_fusion_dense(
@@ -30,8 +31,17 @@ def ngram_fusion_index_add(
     dtype = accumulation_dtype(hidden_states, ngram_hidden_states)
     tokens = torch.arange(hidden_states.shape[0], device=hidden_states.device)
     edge_tokens = tokens.repeat_interleave(token_offsets.diff(), output_size=token_ngrams.shape[0])
-    edge_states = ngram_hidden_states.to(dtype)[token_ngrams]
+    edge_states = ngram_hidden_states.to(dtype).index_select(0, token_ngrams)
     return hidden_states.to(dtype).index_add(0, edge_tokens, edge_states).to(hidden_states.dtype)
+
+
+def residual_layer_norm_eager(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """LayerNorm of `x + residual` over the last dimension, in the dtype of that sum (under autocast too)."""
+    hidden_states = x + residual
+    dtype = hidden_states.dtype
+    return F.layer_norm(hidden_states, weight.shape, weight.to(dtype), bias.to(dtype), eps).to(dtype)
 
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:

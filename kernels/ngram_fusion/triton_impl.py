@@ -1,0 +1,141 @@
+"""Triton kernels of the fusion: a row is summed up by one program in a fixed order, so no atomics and the same bits.
+
+`H` is a compile-time constant: the masks of whole vectors fold away, and 16-byte loads need no check of alignment.
+Offsets of rows are int64; sums are in `ACC`, fp32, or fp64 for fp64 tensors.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from dnazen_kernels.ngram_fusion.reference import accumulation_dtype
+
+EDGES_AT_ONCE = tl.constexpr(4)  # unrolled, so that several rows are on their way at the same time
+WARPS_PER_SM = 8  # of the backward: all resident at once (its registers allow no more than 8 to 12, see README.md)
+
+
+@triton.jit
+def _add_covering_rows(total, values_ptr, offsets_ptr, indices_ptr, row, columns, H: tl.constexpr):
+    """`total` plus the rows `indices[offsets[row]:offsets[row + 1]]` of `values`."""
+    start, end = tl.load(offsets_ptr + row), tl.load(offsets_ptr + row + 1)
+    for first in range(start, end, EDGES_AT_ONCE):
+        for k in tl.static_range(EDGES_AT_ONCE):
+            index = tl.load(indices_ptr + first + k, mask=first + k < end, other=0).to(tl.int64)
+            width = tl.where(first + k < end, H, 0)
+            value = tl.load(values_ptr + index * H + columns, mask=columns < width, other=0)
+            total += value.to(total.dtype)
+    return total
+
+
+@triton.jit
+def _ngram_fusion_kernel(
+    hidden_ptr, values_ptr, offsets_ptr, indices_ptr, out_ptr, H: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """out[t] = hidden[t] + sum of values[indices[offsets[t]:offsets[t + 1]]]; hidden may be None, for zero."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_H)
+    inside = columns < H
+    if hidden_ptr is None:
+        total = tl.zeros([BLOCK_H], ACC)
+    else:
+        total = tl.load(hidden_ptr + row * H + columns, mask=inside, other=0).to(ACC)
+    total = _add_covering_rows(total, values_ptr, offsets_ptr, indices_ptr, row, columns, H)
+    tl.store(out_ptr + row * H + columns, total, mask=inside)
+
+
+@triton.jit
+def _residual_layer_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, values_ptr, offsets_ptr, indices_ptr, out_ptr, mean_ptr, rstd_ptr, eps,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """z = x + residual; out = (z - mean(z)) * rstd(z) * weight + bias, plus the covering rows unless values is None."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_H)
+    inside = columns < H
+    z = tl.load(x_ptr + row * H + columns, mask=inside, other=0).to(ACC)
+    z += tl.load(residual_ptr + row * H + columns, mask=inside, other=0).to(ACC)
+    mean = tl.sum(z) / H
+    centred = tl.where(inside, z - mean, 0)
+    rstd = tl.rsqrt(tl.sum(centred * centred) / H + eps)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0).to(ACC)
+    out = centred * rstd * weight + tl.load(bias_ptr + columns, mask=inside, other=0).to(ACC)
+    if values_ptr is not None:
+        out = _add_covering_rows(out, values_ptr, offsets_ptr, indices_ptr, row, columns, H)
+    tl.store(out_ptr + row * H + columns, out, mask=inside)
+
+
+@triton.jit
+def _residual_layer_norm_backward_kernel(
+    grad_ptr, x_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, dz_ptr, partial_ptr, num_rows,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """With n = (z - mean) * rstd and g = grad * weight: dz = rstd * (g - mean(g) - n * mean(g * n)).
+
+    Program p takes the rows p, p + P, ...; its sums of grad * n and of grad go to partial[0, p] and partial[1, p].
+    """
+    program = tl.program_id(0).to(tl.int64)
+    num_programs = tl.num_programs(0)
+    columns = tl.arange(0, BLOCK_H)
+    inside = columns < H
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0).to(ACC)
+    weight_sum = tl.zeros([BLOCK_H], ACC)
+    bias_sum = tl.zeros([BLOCK_H], ACC)
+    for row in range(program, num_rows, num_programs):
+        grad = tl.load(grad_ptr + row * H + columns, mask=inside, other=0).to(ACC)
+        z = tl.load(x_ptr + row * H + columns, mask=inside, other=0).to(ACC)
+        z += tl.load(residual_ptr + row * H + columns, mask=inside, other=0).to(ACC)
+        rstd = tl.load(rstd_ptr + row)
+        normalized = tl.where(inside, (z - tl.load(mean_ptr + row)) * rstd, 0)
+        weighted = grad * weight
+        projected = tl.sum(weighted) / H + normalized * (tl.sum(weighted * normalized) / H)
+        tl.store(dz_ptr + row * H + columns, rstd * (weighted - projected), mask=inside)
+        weight_sum += grad * normalized
+        bias_sum += grad
+    tl.store(partial_ptr + program * H + columns, weight_sum, mask=inside)
+    tl.store(partial_ptr + (num_programs + program) * H + columns, bias_sum, mask=inside)
+
+
+def _constants(*tensors: torch.Tensor) -> dict:
+    """Compile-time constants for rows of `tensors[0]`; one warp per 1024 columns holds a row in registers."""
+    hidden_size = tensors[0].shape[1]
+    block = triton.next_power_of_2(hidden_size)
+    acc = tl.float64 if accumulation_dtype(*tensors) == torch.float64 else tl.float32
+    return dict(H=hidden_size, BLOCK_H=block, ACC=acc, num_warps=min(max(block // 1024, 1), 16))
+
+
+def ngram_fusion(hidden_states, values, offsets, indices):
+    """`hidden_states` (None: zero) plus the rows of `values` that the CSR view names; in the dtype of the former."""
+    like = values if hidden_states is None else hidden_states
+    out = like.new_empty(len(offsets) - 1, values.shape[1])
+    _ngram_fusion_kernel[(len(out),)](
+        *_contiguous(hidden_states, values, offsets, indices), out, **_constants(values, like)
+    )
+    return out
+
+
+def residual_layer_norm(x, residual, weight, bias, eps, values, offsets, indices):
+    """`(out, mean, rstd)` of LayerNorm(x + residual), plus the covering rows of `values` unless that is None."""
+    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    mean, rstd = (x.new_empty(len(x), dtype=accumulation_dtype(x, residual)) for _ in range(2))
+    _residual_layer_norm_kernel[(len(x),)](
+        *_contiguous(x, residual, weight, bias, values, offsets, indices), out, mean, rstd, eps, **_constants(x, residual)
+    )
+    return out, mean, rstd
+
+
+def residual_layer_norm_backward(grad, x, residual, weight, mean, rstd):
+    """`(dz, sums)`: the gradient of x and of residual, and `sums [2, H]`, those of weight and of bias."""
+    constants = _constants(x, residual)
+    dz = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    num_programs = min(num_sms * max(WARPS_PER_SM // constants["num_warps"], 1), len(x))
+    partial = mean.new_empty(2, num_programs, x.shape[1])
+    _residual_layer_norm_backward_kernel[(num_programs,)](
+        *_contiguous(grad, x, residual, weight, mean, rstd), dz, partial, len(x), **constants
+    )
+    return dz, partial.sum(1)
+
+
+def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
