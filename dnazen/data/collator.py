@@ -80,10 +80,8 @@ class PackedCollator:
         if len(sequences):
             input_ids[ordinary] = np.concatenate(sequences)
 
-        matches = ngram_matching(input_ids, cu_seqlens, self.table, self.max_ngrams)
-        self.num_dropped = matches.num_dropped
-        fields = {name: torch.from_numpy(value) for name, value in matches._asdict().items() if name != "num_dropped"}
-        batch: dict[str, Any] = {"input_ids": torch.from_numpy(input_ids), **fields}
+        batch: dict[str, Any] = {"input_ids": torch.from_numpy(input_ids), "cu_seqlens": torch.from_numpy(cu_seqlens)}
+        matches = ngram_matching(batch["input_ids"], batch["cu_seqlens"], self.table, self.max_ngrams)
         if self.masking is not None:
             random = [
                 masking_uniforms(self.masking.seed, epoch, int(sequence), int(length))

@@ -1,16 +1,16 @@
 """Embeddings and layers of E4BU and of the G-gram encoder, and the two fused layer by layer.
 
 Every module works on the last dimension alone, so it takes packed `[T, H]` and padded `[B, S, H]` alike; what depends
-on the layout (attention and fusion) is handed in. `config` has DNAZenConfig's fields.
+on the layout (attention, and the fusion with the LayerNorm before it) is handed in. `config` has DNAZenConfig's fields.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnazen.layers.attention import Attention, FusedSelfAttention, SelfAttention
+from dnazen.layers.fusion import AddNorm, ResidualLayerNorm
 
 
 class Embeddings(nn.Module):
@@ -34,11 +34,11 @@ class ResidualOutput(nn.Module):
     def __init__(self, config, in_features: int) -> None:
         super().__init__()
         self.dense = nn.Linear(in_features, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = ResidualLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+    def forward(self, hidden_states: Tensor, residual: Tensor, add_norm: AddNorm) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)), residual, add_norm)
 
 
 class AttentionBlock(nn.Module):
@@ -49,9 +49,11 @@ class AttentionBlock(nn.Module):
         self.self = self_attention(config.hidden_size, config.num_attention_heads)
         self.output = ResidualOutput(config, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, attention: Attention, add_norm: AddNorm
+    ) -> tuple[Tensor, Tensor | None]:
         context, weights = self.self(hidden_states, attention)
-        return self.output(context, hidden_states), weights
+        return self.output(context, hidden_states, add_norm), weights
 
 
 class GatedMLP(nn.Module):
@@ -62,24 +64,27 @@ class GatedMLP(nn.Module):
         self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = ResidualLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, add_norm: AddNorm, ngram_hidden_states: Tensor | None) -> Tensor:
         gate, value = self.gated_layers(hidden_states).chunk(2, dim=-1)
-        return self.layernorm(self.dropout(self.wo(F.gelu(gate) * value)) + hidden_states)
+        output = self.dropout(self.wo(F.gelu(gate) * value))
+        return self.layernorm(output, hidden_states, add_norm, ngram_hidden_states)
 
 
 class TokenLayer(nn.Module):
-    """A layer of E4BU."""
+    """A layer of E4BU, after which the states of the covering G-grams (if given) are added to each token's."""
 
     def __init__(self, config) -> None:
         super().__init__()
         self.attention = AttentionBlock(config, FusedSelfAttention)
         self.mlp = GatedMLP(config)
 
-    def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
-        hidden_states, weights = self.attention(hidden_states, attention)
-        return self.mlp(hidden_states), weights
+    def forward(
+        self, hidden_states: Tensor, attention: Attention, add_norm: AddNorm, ngram_hidden_states: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        hidden_states, weights = self.attention(hidden_states, attention, add_norm)
+        return self.mlp(hidden_states, add_norm, ngram_hidden_states), weights
 
 
 class NgramLayer(nn.Module):
@@ -92,9 +97,9 @@ class NgramLayer(nn.Module):
         self.intermediate = nn.Sequential(OrderedDict(dense=dense, activation=nn.GELU()))
         self.output = ResidualOutput(config, config.intermediate_size)
 
-    def forward(self, hidden_states: Tensor, attention: Attention) -> Tensor:
-        hidden_states, _ = self.attention(hidden_states, attention)
-        return self.output(self.intermediate(hidden_states), hidden_states)
+    def forward(self, hidden_states: Tensor, attention: Attention, add_norm: AddNorm) -> Tensor:
+        hidden_states, _ = self.attention(hidden_states, attention, add_norm)
+        return self.output(self.intermediate(hidden_states), hidden_states, add_norm)
 
 
 class FusedEncoder(nn.Module):
@@ -111,10 +116,10 @@ class FusedEncoder(nn.Module):
         ngram_hidden_states: Tensor,
         attention: Attention,
         ngram_attention: Attention,
-        fusion: Callable[[Tensor, Tensor], Tensor],
+        add_norm: AddNorm,
         keep_all: bool,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Run both stacks; `fusion` adds to each token's states those of the G-grams that cover it.
+        """Run both stacks.
 
         Returns:
             E4BU's states after the embeddings and every layer (the last alone unless `keep_all`), and the attention
@@ -122,11 +127,12 @@ class FusedEncoder(nn.Module):
         """
         all_hidden_states, all_weights = [hidden_states] if keep_all else [], []
         for index, layer in enumerate(self.layer):
-            hidden_states, weights = layer(hidden_states, attention)
             # The G-gram layers run even on a batch with no G-gram: under ZeRO-3 all ranks must call the same modules.
-            if index < len(self.ngram_layers):
-                ngram_hidden_states = self.ngram_layers[index](ngram_hidden_states, ngram_attention)
-                hidden_states = fusion(hidden_states, ngram_hidden_states)
+            if is_fused := index < len(self.ngram_layers):
+                ngram_hidden_states = self.ngram_layers[index](ngram_hidden_states, ngram_attention, add_norm)
+            hidden_states, weights = layer(
+                hidden_states, attention, add_norm, ngram_hidden_states if is_fused else None
+            )
             if keep_all or index == len(self.layer) - 1:
                 all_hidden_states.append(hidden_states)
             all_weights.append(weights)

@@ -32,7 +32,8 @@ class DNAZenConfig(PreTrainedConfig):
     `hidden_size`, `num_attention_heads` and `intermediate_size` hold for both encoders. E4BU has `num_hidden_layers`
     layers; the G-gram encoder has `num_hidden_ngram_layers`, whose outputs are added after E4BU's first as many layers.
     `max_ngram_count` is the cap of G-grams per sequence the model was trained with (None: no cap).
-    `impl` is not saved: "auto" runs packed, "reference" runs padded, with a dense matching matrix and eager attention.
+    `impl` is not saved: "auto" runs packed, with Triton kernels on a GPU; "triton" demands them (on a CPU they need
+    TRITON_INTERPRET=1); "reference" runs padded, with a dense matching matrix and eager attention.
 
     Raises:
         InputError: a field is out of its range; the message names it, what was expected and what was found.
@@ -96,7 +97,7 @@ class DNAZenConfig(PreTrainedConfig):
             is_id = is_number(name, (int,)) and 0 <= getattr(self, name) < self.vocab_size
             check(getattr(self, name) is None or is_id, name, f"None or an id below vocab_size {self.vocab_size}")
         check(isinstance(self.tie_word_embeddings, bool), "tie_word_embeddings", "true or false")
-        check(self.impl in ("auto", "reference"), "impl", "'auto' or 'reference'")
+        check(self.impl in ("auto", "triton", "reference"), "impl", "'auto', 'triton' or 'reference'")
 
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
         super()._remove_keys_not_serialized(d)

@@ -9,7 +9,6 @@ All three models take either form of input:
 """
 
 from collections import OrderedDict
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +20,9 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from dnazen.layers.attention import alibi_bias, packed_attention, padded_attention
 from dnazen.layers.encoder import Embeddings, FusedEncoder
+from dnazen.layers.fusion import packed_add_norm, padded_add_norm
 from dnazen.layers.padding import PackedBatch, PaddedLayout, batch_without_ngrams, dense_matching_matrix, pack_batch
 from dnazen.models.configuration_dnazen import DNAZenConfig
-from dnazen_kernels.ngram_fusion import ngram_fusion
-from dnazen_kernels.ngram_fusion.reference import ngram_fusion_dense
 
 IGNORE_INDEX = -100
 
@@ -167,13 +165,12 @@ class DNAZenModel(DNAZenPreTrainedModel):
     def _encode_packed(self, batch: PackedBatch, keep_all: bool) -> tuple[list[Tensor], list[Tensor | None]]:
         implementation = self.config._attn_implementation
         bias = alibi_bias(self.config.num_attention_heads, batch.max_seqlen, batch.input_ids.device)
-        csr = ("token_offsets", "token_ngrams", "ngram_offsets", "ngram_tokens")
         return self.encoder(
             self.embeddings(batch.input_ids),
             self.ngram_embeddings(batch.ngram_input_ids),
             packed_attention(implementation, batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids), bias),
             packed_attention(implementation, batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids)),
-            partial(ngram_fusion, **{name: getattr(batch, name) for name in csr}, impl=self.config.impl),
+            packed_add_norm(batch, self.config.impl),
             keep_all,
         )
 
@@ -187,7 +184,7 @@ class DNAZenModel(DNAZenPreTrainedModel):
             self.ngram_embeddings(ngrams.pad(batch.ngram_input_ids)),
             padded_attention(batch.cu_seqlens, batch.max_seqlen, bias),
             padded_attention(batch.ngram_cu_seqlens, batch.max_ngrams),
-            partial(ngram_fusion_dense, ngram_position_matrix=dense_matching_matrix(batch, tokens, ngrams)),
+            padded_add_norm(dense_matching_matrix(batch, tokens, ngrams)),
             keep_all,
         )
         return [tokens.unpad(states) for states in all_hidden_states], attentions

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from dnazen_kernels.ngram_matching import ngram_matching
-from dnazen_kernels.ngram_matching.reference import LENGTH_SHIFT, pack_ngrams, token_bits
+from dnazen_kernels.ngram_matching.table import LENGTH_SHIFT, pack_ngrams, token_bits
 
 from dnazen.data.tokenizer import tokenizer_checksum
 from dnazen.files import InputError, atomic_directory, sha256_file, write_json
@@ -193,8 +193,9 @@ def measure_density(vocabulary: NgramVocabulary, corpus: Any, max_sequences: int
     """
     sequences = [corpus.train[index] for index in range(min(max_sequences, len(corpus.train)))]
     cu_seqlens = np.cumsum([0, *map(len, sequences)]).astype(np.int32)
-    matches = ngram_matching(np.concatenate(sequences), cu_seqlens, vocabulary.table(len(corpus.tokenizer)))
-    covered = np.count_nonzero(np.diff(matches.token_offsets))
+    tokens = torch.from_numpy(np.concatenate(sequences))
+    matches = ngram_matching(tokens, torch.from_numpy(cu_seqlens), vocabulary.table(len(corpus.tokenizer)))
+    covered = int(matches.token_offsets.diff().count_nonzero())
     return round(len(matches.ngram_input_ids) / len(sequences), 2), round(covered / int(cu_seqlens[-1]), 4)
 
 

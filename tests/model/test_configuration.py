@@ -27,7 +27,7 @@ from dnazen.models import SIZES, DNAZenConfig, DNAZenForMaskedLM
         ("initializer_range", "0.02", "a number above 0"),
         ("mask_token_id", 4096, "None or an id below vocab_size 4096"),
         ("tie_word_embeddings", 1, "true or false"),
-        ("impl", "triton", "'auto' or 'reference'"),
+        ("impl", "cuda", "'auto', 'triton' or 'reference'"),
         ("hidden_act", "relu", "'gelu'"),
     ],
 )
