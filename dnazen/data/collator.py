@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch
 from dnazen.data.shards import TokenSplit
 from dnazen.ngram.vocab import NgramVocabulary
-from dnazen_kernels.ngram_masking import MaskedBatch, ngram_masking
+from dnazen_kernels.ngram_masking import ngram_masking
 from dnazen_kernels.ngram_matching import ngram_matching
 
 
@@ -80,23 +80,27 @@ class PackedCollator:
         if len(sequences):
             input_ids[ordinary] = np.concatenate(sequences)
 
-        batch: dict[str, Any] = {"input_ids": torch.from_numpy(input_ids), "cu_seqlens": torch.from_numpy(cu_seqlens)}
-        matches = ngram_matching(batch["input_ids"], batch["cu_seqlens"], self.table, self.max_ngrams)
+        tokens, starts = torch.from_numpy(input_ids), torch.from_numpy(cu_seqlens)
+        matches = ngram_matching(tokens, starts, self.table, self.max_ngrams)
+        self.num_dropped = int(matches.counts[2])
+        fields = matches._asdict()
+        del fields["counts"]
+        batch: dict[str, Any] = {"input_ids": tokens, **fields}
         if self.masking is not None:
             random = [
                 masking_uniforms(self.masking.seed, epoch, int(sequence), int(length))
                 for sequence, length in zip(sequence_ids, lengths, strict=True)
             ]
-            batch = self._mask(torch.from_numpy(ordinary), torch.from_numpy(np.concatenate(random)), batch)._asdict()
+            batch = self._mask(torch.from_numpy(ordinary), torch.from_numpy(np.concatenate(random)), batch)
         if not self.use_ngrams:
             batch = without_ngrams(batch)
-        batch["cu_seqlens"] = torch.from_numpy(cu_seqlens)
+        batch["cu_seqlens"] = starts
         batch["max_seqlen"] = int(lengths.max(initial=0))
         batch["max_ngrams"] = int(batch["ngram_cu_seqlens"].diff().max())
         return batch
 
-    def _mask(self, ordinary: torch.Tensor, random: torch.Tensor, batch: dict[str, torch.Tensor]) -> MaskedBatch:
-        return ngram_masking(
+    def _mask(self, ordinary: torch.Tensor, random: torch.Tensor, batch: dict[str, Any]) -> dict[str, Any]:
+        masked = ngram_masking(
             ordinary=ordinary,
             random=random,
             **batch,
@@ -105,6 +109,9 @@ class PackedCollator:
             ordinary_ids=self.ordinary_ids,
             whole_ngram=self.masking.whole_ngram,
         )
+        fields = masked.trimmed()._asdict()
+        del fields["counts"]
+        return fields
 
 
 def without_ngrams(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+import torch
 from dnazen_kernels.ngram_matching import ngram_matching
 from dnazen_kernels.ngram_matching.table import LENGTH_SHIFT, pack_ngrams, token_bits
 
