@@ -87,7 +87,8 @@ def residual_layer_norm(
     """
     ngrams = (ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens)
     if not torch.compiler.is_compiling():
-        _check_rows(weight.shape[0], x=x, residual=residual)
+        _check_parameters(weight=weight, bias=bias)
+        _check_rows(len(weight), x=x, residual=residual)
         for name, tensor, shape in (("residual", residual, x.shape), ("bias", bias, weight.shape)):
             if tensor.shape != shape:
                 raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
@@ -193,6 +194,14 @@ def _residual_layer_norm_backward_op(
 @_residual_layer_norm_backward_op.register_fake
 def _(grad, x, residual, weight, mean, rstd):
     return torch.empty_like(grad, memory_format=torch.contiguous_format), mean.new_empty(2, x.shape[1])
+
+
+def _check_parameters(**tensors: Tensor) -> None:
+    for name, parameter in tensors.items():
+        if not parameter.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {parameter.dtype}")
+        if parameter.dim() != 1:
+            raise ValueError(f"{name} must have shape [H], got {list(parameter.shape)}")
 
 
 def _check_rows(hidden_size: int, **tensors: Tensor) -> None:

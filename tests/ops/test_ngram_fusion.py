@@ -1,36 +1,62 @@
-"""The sparse fusion against the dense einsum that defines it."""
+"""The fusion, alone and with residual and LayerNorm, against its dense definition in fp64."""
+
+import itertools
+import math
 
 import pytest
 import torch
-from dnazen_kernels.ngram_fusion import ngram_fusion
+import torch.nn.functional as F
+from dnazen_kernels.ngram_fusion import ngram_fusion, residual_layer_norm
 from dnazen_kernels.ngram_fusion.reference import ngram_fusion_dense
 from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
 
-EDGES = ["none", "no_ngrams", "one", "dense", "one_over_all", "empty_rows"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+HIDDEN_SIZES = [48, 64, 768, 37]
+EDGES = ["none", "no_ngrams", "one", "duplicates", "one_over_all", "fourteen", "empty_rows"]
+LAYOUTS = ["contiguous", "sliced"]
+# Every pair of values meets in some case (test_cases_cover_all_pairs); all four of every kind would be 224 cases.
+CASES = [
+    (dtype, HIDDEN_SIZES[(d + e) % 4], edges, LAYOUTS[(d // 2 + e) % 2])
+    for (d, dtype), (e, edges) in itertools.product(enumerate(DTYPES), enumerate(EDGES))
+]
+over_cases = pytest.mark.parametrize("dtype, hidden_size, edges, layout", CASES, ids=lambda value: str(value).split(".")[-1])
+NUM_TOKENS = 37  # no multiple of a block, of the unrolled edges, or of the backward's programs
+EPS = 0.5  # large enough to matter against a variance of about 2
 
 
-def make_matrix(edges: str, num_tokens: int = 23) -> torch.Tensor:
-    """A 0/1 matching matrix `[T, N]`."""
-    matrix = torch.zeros(num_tokens, 0 if edges == "no_ngrams" else 9)
+def make_matrix(edges: str, num_tokens: int = NUM_TOKENS) -> torch.Tensor:
+    """A matching matrix `[T, N]`; its entries count edges."""
+    matrix = torch.zeros(num_tokens, 0 if edges == "no_ngrams" else 15)
     if edges == "one":
         matrix[4, 2] = 1
-    elif edges == "dense":
-        matrix = torch.ones_like(matrix)
+    elif edges == "duplicates":
+        matrix[4, 2], matrix[5, 2], matrix[5, 3] = 2, 1, 5
     elif edges == "one_over_all":
         matrix[:, 3] = 1
+    elif edges == "fourteen":
+        matrix[7, 1:] = 1
     elif edges == "empty_rows":
         matrix = (torch.rand(matrix.shape) < 0.2).float()
         matrix[::2], matrix[:, 5] = 0, 0
     return matrix
 
 
-def make_csr(matrix: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+def make_csr(matrix: torch.Tensor, dtype: torch.dtype = torch.int32) -> list[torch.Tensor]:
     """Both views, straight from the definition."""
     views = []
     for rows in (matrix, matrix.T):
         counts = rows.sum(1).long()
-        views += [torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(dtype), rows.nonzero()[:, 1].to(dtype)]
+        row, column = rows.nonzero().T
+        indices = column.repeat_interleave(rows[row, column].long())
+        views += [torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(dtype), indices.to(dtype)]
     return views
+
+
+def randn(*shape: int, dtype: torch.dtype, device: torch.device, layout: str = "contiguous") -> torch.Tensor:
+    """Random numbers; "sliced" ones are every second column of a wider tensor."""
+    if layout == "sliced":
+        return torch.randn(*shape[:-1], 2 * shape[-1]).to(device, dtype)[..., ::2]
+    return torch.randn(shape).to(device, dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -38,66 +64,259 @@ def _seed():
     torch.manual_seed(0)
 
 
-def run(function, hidden_states, ngram_hidden_states, grad_output):
-    inputs = [x.clone().requires_grad_() for x in (hidden_states, ngram_hidden_states)]
+def run(function, inputs, grad_output):
+    """Output and the gradient of every input."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
     output = function(*inputs)
     return output.detach(), *torch.autograd.grad(output, inputs, grad_output)
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
-@pytest.mark.parametrize("edges", EDGES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_fusion_equals_dense_definition(dtype, edges, index_dtype, impl):
+def dense_residual_layer_norm(x, residual, weight, bias, ngrams, matrix):
+    """The definition."""
+    hidden_states = F.layer_norm(x + residual, weight.shape, weight, bias, EPS)
+    return ngram_fusion_dense(hidden_states[None], ngrams[None], matrix[None])[0]
+
+
+def assert_close_to_truth(names, truth, found, sizes, eager=None):
+    """Error at most twice that of `eager` (if given) in the same dtype, plus what rounding alone may cost.
+
+    That is, relative to the largest number: one rounding to the dtype, by a whole eps (the interpreter cuts bf16 off
+    instead of rounding it), and sums of n terms, in which n roundings of eps / 2 add up like a random walk to
+    sqrt(n) * eps / 2; doubled, for there are two of them in a row (mean and variance, their gradients).
+    """
+    for name, expected, ours, theirs in zip(names, truth, found, eager or truth, strict=True):
+        assert ours.shape == expected.shape and (eager is None or ours.dtype == theirs.dtype), name
+        if not expected.numel():
+            continue
+        accumulation_eps = torch.finfo(torch.float64 if ours.dtype == torch.float64 else torch.float32).eps
+        budget = torch.finfo(ours.dtype).eps + sum(map(math.sqrt, sizes)) * accumulation_eps
+        error, eager_error = ((x.double() - expected).abs().max().item() for x in (ours, theirs))
+        bound = 2 * eager_error + budget * expected.abs().max().item()
+        assert error <= bound, f"{name}: error {error:.3g}, reference {eager_error:.3g}, bound {bound:.3g}"
+
+
+def test_cases_cover_all_pairs():
+    for left, right in itertools.combinations(range(4), 2):
+        values = [{case[position] for case in CASES} for position in (left, right)]
+        assert {(case[left], case[right]) for case in CASES} == set(itertools.product(*values))
+    assert [len({case[position] for case in CASES}) for position in range(4)] == [4, 4, 7, 2]
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@over_cases
+def test_ngram_fusion(dtype, hidden_size, edges, layout, impl, device, poisoned_memory):
     """Forward and every gradient against fp64 truth on the same (rounded) inputs."""
     matrix = make_matrix(edges)
-    tensors = [torch.randn(len(matrix), 48), torch.randn(matrix.shape[1], 48), torch.randn(len(matrix), 48)]
-    tensors = [x.to(dtype) for x in tensors]
-    csr = make_csr(matrix, index_dtype)
-    truth = run(
-        lambda h, g: ngram_fusion_dense(h[None], g[None], matrix.double()[None])[0], *(x.double() for x in tensors)
-    )
-    ours = run(lambda h, g: ngram_fusion(h, g, *csr, impl=impl), *tensors)
-    # A row sums at most 24 numbers, each addition off by half an eps of a partial sum, and the partial sums are no
-    # larger than the sum of absolute values (below 24 * 5 here); at the end one rounding to the tensor's own type.
-    accumulation_eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    shapes = [(NUM_TOKENS, hidden_size), (matrix.shape[1], hidden_size), (NUM_TOKENS, hidden_size)]
+    *inputs, grad = (randn(*shape, dtype=dtype, device=device, layout=layout) for shape in shapes)
+    csr = [x.to(device) for x in make_csr(matrix, torch.int64 if layout == "sliced" else torch.int32)]
+    dense = matrix.double().to(device)[None]
+    truth = run(lambda h, g: ngram_fusion_dense(h[None], g[None], dense)[0], [x.double() for x in inputs], grad.double())
+    ours = run(lambda h, g: ngram_fusion(h, g, *csr, impl=impl), inputs, grad)
+    # A row sums at most 38 numbers, each addition off by half an eps of a partial sum, and the partial sums are no
+    # larger than the sum of absolute values (below 38 * 5 here); at the end one rounding to the tensor's own type.
+    atol = 38 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2 * 38 * 5
     for name, expected, found in zip(("output", "grad_hidden", "grad_ngram"), truth, ours, strict=True):
         assert found.dtype == dtype
-        atol = 24 * accumulation_eps / 2 * 24 * 5
         torch.testing.assert_close(
             found.double(), expected, rtol=torch.finfo(dtype).eps, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
         )
-    if edges == "dense":
-        assert ours[2].abs().min() > 0
+    if edges == "one_over_all":
+        assert ours[2][3].abs().min() > 0
 
 
-def test_fusion_gradcheck():
-    csr = make_csr(make_matrix("empty_rows", 7), torch.int32)
-    states = [torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (7, 9)]
-    assert torch.autograd.gradcheck(lambda h, g: ngram_fusion(h, g, *csr), states)
+NAMES = ("output", "grad_x", "grad_residual", "grad_weight", "grad_bias", "grad_ngram")
 
 
-def test_fusion_same_bits_on_every_run():
-    matrix = (torch.rand(300, 70) < 0.3).float()
-    csr = make_csr(matrix, torch.int32)
-    tensors = [torch.randn(n, 64) for n in (300, 70, 300)]
-    first = run(lambda h, g: ngram_fusion(h, g, *csr), *tensors)
-    for _ in range(50):
-        again = run(lambda h, g: ngram_fusion(h, g, *csr), *tensors)
-        assert all(map(torch.equal, first, again))
+def check_residual_layer_norm(dtypes, hidden_size, matrix, csr, layout, device):
+    """`dtypes` of x, residual, weight, bias and G-grams."""
+    rows = (NUM_TOKENS, NUM_TOKENS, None, None, matrix.shape[1])
+    shapes = [(hidden_size,) if n is None else (n, hidden_size) for n in rows]
+    inputs = [randn(*shape, dtype=dtype, device=device, layout=layout) for shape, dtype in zip(shapes, dtypes)]
+    grad_dtype = torch.promote_types(*dtypes[:2])
+    grad = randn(NUM_TOKENS, hidden_size, dtype=grad_dtype, device=device, layout=layout)
+    dense = matrix.double().to(device)
+    truth = run(lambda *args: dense_residual_layer_norm(*args, dense), [x.double() for x in inputs], grad.double())
+    reference, ours = (
+        run(lambda x, r, w, b, g: residual_layer_norm(x, r, w, b, EPS, g, *csr, impl=impl), inputs, grad)
+        for impl in ("reference", "triton")
+    )
+    assert ours[0].dtype == grad_dtype
+    sizes = (hidden_size, NUM_TOKENS)
+    assert_close_to_truth(NAMES, truth, ours, sizes, eager=reference)
+    if min(torch.finfo(dtype).bits for dtype in dtypes) >= 32:
+        assert_close_to_truth(NAMES, truth, reference, sizes)
+    for name, gradient in zip(NAMES[1:5], ours[1:5]):
+        assert gradient.abs().max() > 0.1, name
 
 
-def test_fusion_accumulates_halves_in_fp32():
+@over_cases
+def test_residual_layer_norm(dtype, hidden_size, edges, layout, device, poisoned_memory):
+    matrix = make_matrix(edges)
+    csr = [x.to(device) for x in make_csr(matrix, torch.int64 if layout == "sliced" else torch.int32)]
+    check_residual_layer_norm([dtype] * 5, hidden_size, matrix, csr, layout, device)
+
+
+@pytest.mark.parametrize("hidden_size", [1024, 1536, 4096])
+def test_rows_over_several_vectors_and_warps(hidden_size, device, poisoned_memory):
+    matrix = make_matrix("empty_rows")
+    csr = [x.to(device) for x in make_csr(matrix)]
+    check_residual_layer_norm([torch.bfloat16] * 5, hidden_size, matrix, csr, "contiguous", device)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        [torch.bfloat16, torch.float32, torch.float32, torch.float32, torch.float32],  # autocast
+        [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32],
+        [torch.float32, torch.bfloat16, torch.bfloat16, torch.float16, torch.float16],
+    ],
+    ids=["autocast", "fp32_parameters", "all_mixed"],
+)
+def test_mixed_dtypes(dtypes, device, poisoned_memory):
+    """The output is in the type of x + residual, every gradient in that of its tensor."""
+    matrix = make_matrix("empty_rows")
+    csr = [x.to(device) for x in make_csr(matrix)]
+    check_residual_layer_norm(dtypes, 48, matrix, csr, "contiguous", device)
+    hidden, ngrams, grad = (
+        randn(n, 48, dtype=dtype, device=device)
+        for n, dtype in ((NUM_TOKENS, dtypes[0]), (15, dtypes[4]), (NUM_TOKENS, dtypes[0]))
+    )
+    truth = run(
+        lambda h, g: ngram_fusion_dense(h[None], g[None], matrix.double().to(device)[None])[0],
+        [hidden.double(), ngrams.double()],
+        grad.double(),
+    )
+    reference, ours = (
+        run(lambda h, g: ngram_fusion(h, g, *csr, impl=impl), [hidden, ngrams], grad) for impl in ("reference", "triton")
+    )
+    assert_close_to_truth(("output", "grad_hidden", "grad_ngram"), truth, ours, (NUM_TOKENS,), eager=reference)
+
+
+def test_residual_layer_norm_without_ngrams(device, poisoned_memory):
+    """The same bits as with G-grams that cover no token."""
+    x, residual, grad = (randn(NUM_TOKENS, 48, dtype=torch.float32, device=device) for _ in range(3))
+    weight, bias = (randn(48, dtype=torch.float32, device=device) for _ in range(2))
+    inputs, csr = [x, residual, weight, bias], [x.to(device) for x in make_csr(make_matrix("none"))]
+    ngrams = randn(15, 48, dtype=torch.float32, device=device)
+    plain = run(lambda *args: residual_layer_norm(*args, EPS, impl="triton"), inputs, grad)
+    fused = run(lambda *args: residual_layer_norm(*args, EPS, ngrams, *csr, impl="triton"), inputs, grad)
+    assert all(map(torch.equal, plain, fused))
+    truth = run(
+        lambda x, r, w, b: F.layer_norm(x + r, (48,), w, b, EPS), [x.double() for x in inputs], grad.double()
+    )
+    assert_close_to_truth(NAMES[:5], truth, plain, (48, NUM_TOKENS))
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_constant_rows_give_the_bias(impl, device):
+    """A variance of 0, and the model's eps of 1e-12, which fp32 holds."""
+    x, weight, bias = (values.to(device) for values in (torch.full((5, 64), 3.0), torch.ones(64), torch.arange(64.0)))
+    output = residual_layer_norm(x, x, weight, bias, 1e-12, impl=impl)
+    assert torch.equal(output, bias.expand(5, 64))
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_halves_are_accumulated_in_fp32(impl, device):
     """2048 + 1 + 1 is 2050 in fp16 only if the ones are added up before they are rounded away."""
-    csr = make_csr(torch.ones(1, 2), torch.int32)
-    hidden = torch.full((1, 4), 2048, dtype=torch.float16)
-    output = ngram_fusion(hidden, torch.ones(2, 4, dtype=torch.float16), *csr)
+    csr = [x.to(device) for x in make_csr(torch.ones(1, 2))]
+    hidden = torch.full((1, 4), 2048, dtype=torch.float16, device=device)
+    output = ngram_fusion(hidden, torch.ones(2, 4, dtype=torch.float16, device=device), *csr, impl=impl)
     assert output.tolist() == [[2050.0] * 4]
 
 
-def test_fusion_of_no_tokens():
-    csr = make_csr(torch.zeros(0, 0), torch.int32)
-    assert ngram_fusion(torch.zeros(0, 8), torch.zeros(0, 8), *csr).shape == (0, 8)
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_no_tokens(impl, device):
+    csr = [x.to(device) for x in make_csr(torch.zeros(0, 0))]
+    empty = torch.zeros(0, 8, device=device)
+    assert ngram_fusion(empty, empty, *csr, impl=impl).shape == (0, 8)
+    parameters = [torch.ones(8, device=device), torch.ones(8, device=device)]
+    output, *gradients = run(
+        lambda x, r, w, b: residual_layer_norm(x, r, w, b, EPS, empty, *csr, impl=impl), [empty, empty, *parameters], empty
+    )
+    assert output.shape == (0, 8)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_gradcheck(impl, device):
+    csr = [x.to(device) for x in make_csr(make_matrix("empty_rows", 4)[:, :5])]
+    shapes = [(4, 3), (4, 3), (3,), (3,), (5, 3)]
+    x, residual, weight, bias, ngrams = (
+        randn(*shape, dtype=torch.float64, device=device).requires_grad_() for shape in shapes
+    )
+    assert torch.autograd.gradcheck(lambda h, g: ngram_fusion(h, g, *csr, impl=impl), (x, ngrams))
+    assert torch.autograd.gradcheck(
+        lambda x, r, w, b, g: residual_layer_norm(x, r, w, b, EPS, g, *csr, impl=impl), (x, residual, weight, bias, ngrams)
+    )
+
+
+def test_same_bits_on_every_run(device):
+    num_tokens, num_ngrams, hidden_size = (4099, 700, 768) if device.type == "cuda" else (11, 5, 24)
+    matrix = (torch.rand(num_tokens, num_ngrams) < 0.3).float()
+    csr = [x.to(device) for x in make_csr(matrix)]
+    shapes = [(num_tokens, hidden_size)] * 2 + [(hidden_size,)] * 2 + [(num_ngrams, hidden_size)]
+    inputs = [randn(*shape, dtype=torch.bfloat16, device=device) for shape in shapes]
+    grad = randn(num_tokens, hidden_size, dtype=torch.bfloat16, device=device)
+
+    def run_both():
+        fused = run(lambda x, r, w, b, g: residual_layer_norm(x, r, w, b, EPS, g, *csr, impl="triton"), inputs, grad)
+        return *fused, *run(lambda h, g: ngram_fusion(h, g, *csr, impl="triton"), (inputs[0], inputs[4]), grad)
+
+    first = run_both()
+    for _ in range(50):
+        assert all(map(torch.equal, first, run_both()))
+
+
+def operator_arguments(device):
+    csr = [x.to(device) for x in make_csr(make_matrix("empty_rows", 5)[:, :3])]
+    x, residual, weight, bias, ngrams = (
+        randn(*shape, dtype=torch.float32, device=device).requires_grad_()
+        for shape in ((5, 8), (5, 8), (8,), (8,), (3, 8))
+    )
+    rows = [torch.ones(5, device=device) for _ in range(2)]
+    return {
+        "ngram_fusion": [(x, ngrams, *csr), (None, ngrams, *csr)],
+        "residual_layer_norm": [(x, residual, weight, bias, EPS, ngrams, *csr), (x, residual, weight, bias, EPS, *[None] * 5)],
+        "residual_layer_norm_backward": [tuple(t.detach() for t in (x, x, residual, weight, *rows))],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ngram_fusion", "residual_layer_norm", "residual_layer_norm_backward"])
+def test_opcheck(name, device):
+    for arguments in operator_arguments(device)[name]:
+        torch.library.opcheck(getattr(torch.ops.dnazen, name).default, arguments)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_compiles_without_a_graph_break(impl, device):
+    x, residual, weight, bias, _, ngrams, *csr = operator_arguments(device)["residual_layer_norm"][0]
+
+    def function(x, r, w, b, g):
+        return residual_layer_norm(ngram_fusion(x, g, *csr, impl=impl), r, w, b, EPS, g, *csr, impl=impl)
+
+    inputs, grad = (x, residual, weight, bias, ngrams), torch.randn(x.shape).to(device)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for expected, found in zip(run(function, inputs, grad), run(compiled, inputs, grad), strict=True):
+        assert torch.equal(expected, found)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31():
+    if not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs a CUDA device with 40 GiB free")
+    num_tokens, hidden_size = 2**31 // 768 + 1000, 768
+    x = torch.zeros(num_tokens, hidden_size, dtype=torch.bfloat16, device="cuda")
+    x[-1] = torch.randn(hidden_size)
+    counts = torch.zeros(num_tokens + 1, dtype=torch.int32, device="cuda")
+    counts[0], counts[-1] = 0, 1  # the last token is covered by the last G-gram, and that is all
+    index = torch.tensor([num_tokens - 1], dtype=torch.int32, device="cuda")
+    csr = (counts, index, counts, index)
+    assert torch.equal(ngram_fusion(x, x, *csr, impl="triton")[-1], 2 * x[-1])
+    parameters = (torch.ones(hidden_size, device="cuda"), torch.zeros(hidden_size, device="cuda"))
+    output = residual_layer_norm(x, x, *parameters, EPS, x, *csr, impl="triton")[-1:]
+    expected = residual_layer_norm(x[-1:], x[-1:], *parameters, EPS, impl="triton") + x[-1:]
+    torch.testing.assert_close(output, expected)
 
 
 def test_fusion_takes_the_matcher_s_edges():
@@ -120,15 +339,33 @@ def test_fusion_takes_the_matcher_s_edges():
     ],
     ids=["dtype", "columns", "dimensions", "offsets", "index_dtype", "edges"],
 )
-def test_fusion_contract(change, error, message):
-    arguments = [torch.zeros(3, 4), torch.zeros(2, 4), *make_csr(torch.zeros(3, 2), torch.int32)]
+def test_contract_of_ngram_fusion(change, error, message):
+    arguments = [torch.zeros(3, 4), torch.zeros(2, 4), *make_csr(torch.zeros(3, 2))]
     for position, value in change.items():
         arguments[position] = value
     with pytest.raises(error, match=message):
         ngram_fusion(*arguments)
 
 
-def test_fusion_unknown_impl():
-    csr = make_csr(torch.zeros(3, 2), torch.int32)
-    with pytest.raises(ValueError, match="impl must be one of 'auto', 'triton', 'reference', got 'cuda'"):
-        ngram_fusion(torch.zeros(3, 4), torch.zeros(2, 4), *csr, impl="cuda")
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({1: torch.zeros(3, 4).long()}, TypeError, "residual must be floating point, got torch.int64"),
+        ({0: torch.zeros(3, 5)}, ValueError, r"x must have shape \[rows, 4\], got \[3, 5\]"),
+        ({1: torch.zeros(2, 4)}, ValueError, r"residual must have shape \[3, 4\], got \[2, 4\]"),
+        ({3: torch.zeros(5)}, ValueError, r"bias must have shape \[4\], got \[5\]"),
+        ({2: torch.zeros(1, 4)}, ValueError, r"weight must have shape \[H\], got \[1, 4\]"),
+        ({2: torch.zeros(4).long()}, TypeError, "weight must be floating point, got torch.int64"),
+        ({9: None}, ValueError, "ngram_hidden_states and the four CSR tensors must be given all or none"),
+        ({5: torch.zeros(2, 5)}, ValueError, r"ngram_hidden_states must have shape \[rows, 4\], got \[2, 5\]"),
+    ],
+    ids=["dtype", "columns", "rows", "bias", "weight", "weight_dtype", "some", "ngrams"],
+)
+def test_contract_of_residual_layer_norm(change, error, message):
+    parameters = [torch.zeros(4), torch.zeros(4), EPS]
+    csr = make_csr(torch.zeros(3, 2))
+    arguments = [torch.zeros(3, 4), torch.zeros(3, 4), *parameters, torch.zeros(2, 4), *csr]
+    for position, value in change.items():
+        arguments[position] = value
+    with pytest.raises(error, match=message):
+        residual_layer_norm(*arguments)
