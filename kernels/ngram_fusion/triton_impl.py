@@ -96,11 +96,10 @@ def _residual_layer_norm_backward_kernel(
     tl.store(partial_ptr + (num_programs + program) * H + columns, bias_sum, mask=inside)
 
 
-def _constants(*tensors: torch.Tensor) -> dict:
-    """Compile-time constants for rows of `tensors[0]`; one warp per 1024 columns holds a row in registers."""
-    hidden_size = tensors[0].shape[1]
+def row_constants(hidden_size: int, accumulation: torch.dtype) -> dict:
+    """Compile-time constants; a warp holds up to 1024 columns in registers, and 768, 1024 or 1536 fill whole vectors."""
     block = triton.next_power_of_2(hidden_size)
-    acc = tl.float64 if accumulation_dtype(*tensors) == torch.float64 else tl.float32
+    acc = tl.float64 if accumulation == torch.float64 else tl.float32
     return dict(H=hidden_size, BLOCK_H=block, ACC=acc, num_warps=min(max(block // 1024, 1), 16))
 
 
@@ -108,9 +107,8 @@ def ngram_fusion(hidden_states, values, offsets, indices):
     """`hidden_states` (None: zero) plus the rows of `values` that the CSR view names; in the dtype of the former."""
     like = values if hidden_states is None else hidden_states
     out = like.new_empty(len(offsets) - 1, values.shape[1])
-    _ngram_fusion_kernel[(len(out),)](
-        *_contiguous(hidden_states, values, offsets, indices), out, **_constants(values, like)
-    )
+    constants = row_constants(values.shape[1], accumulation_dtype(values, like))
+    _ngram_fusion_kernel[(len(out),)](*_contiguous(hidden_states, values, offsets, indices), out, **constants)
     return out
 
 
@@ -118,15 +116,14 @@ def residual_layer_norm(x, residual, weight, bias, eps, values, offsets, indices
     """`(out, mean, rstd)` of LayerNorm(x + residual), plus the covering rows of `values` unless that is None."""
     out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     mean, rstd = (x.new_empty(len(x), dtype=accumulation_dtype(x, residual)) for _ in range(2))
-    _residual_layer_norm_kernel[(len(x),)](
-        *_contiguous(x, residual, weight, bias, values, offsets, indices), out, mean, rstd, eps, **_constants(x, residual)
-    )
+    rows = _contiguous(x, residual, weight, bias, values, offsets, indices)
+    _residual_layer_norm_kernel[(len(x),)](*rows, out, mean, rstd, eps, **row_constants(x.shape[1], mean.dtype))
     return out, mean, rstd
 
 
 def residual_layer_norm_backward(grad, x, residual, weight, mean, rstd):
     """`(dz, sums)`: the gradient of x and of residual, and `sums [2, H]`, those of weight and of bias."""
-    constants = _constants(x, residual)
+    constants = row_constants(x.shape[1], mean.dtype)
     dz = torch.empty_like(grad, memory_format=torch.contiguous_format)
     num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     num_programs = min(num_sms * max(WARPS_PER_SM // constants["num_warps"], 1), len(x))

@@ -1,0 +1,133 @@
+"""What every kernel takes of a multiprocessor, found by compiling it for GPUs that need not be there.
+
+    python -m benchmarks.resources
+
+Prints the table of `kernels/README.md`. Triton compiles from the types of a kernel's arguments, and `cuobjdump`, which
+lies in its wheel, reads registers and spills from the result. TRITON_INTERPRET must not be set.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+# Compute capability -> bytes of shared memory per multiprocessor; all three hold 64 warps, 65536 registers and 32 thread
+# blocks (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+MAX_WARPS, MAX_REGISTERS, MAX_BLOCKS = 64, 65536, 32
+REGISTER_UNIT, WARP_UNIT, RESERVED_SHARED = 256, 4, 1024  # registers go to warps, and warps to blocks, in such units
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel, and the types of its arguments as a launch would find them."""
+
+    kernel: triton.JITFunction
+    variant: str  # shown beside the kernel's name
+    types: dict[str, str | None]  # None for an argument that is None
+    constants: dict  # those of the launch, `num_warps` among them
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """What came of a KernelSpec on one architecture."""
+
+    name: str
+    capability: int
+    registers: int  # per thread
+    spilled: int  # bytes of stack and local memory per thread
+    shared: int  # bytes per thread block
+    warps: int  # that a multiprocessor can hold at once, of 64
+    ttir: str
+    ptx: str
+
+
+def fusion_specs() -> Iterator[KernelSpec]:
+    from dnazen_kernels.ngram_fusion import triton_impl
+
+    row, edges = "*bf16", dict(values_ptr="*bf16", offsets_ptr="*i32", indices_ptr="*i32")
+    statistics = dict(mean_ptr="*fp32", rstd_ptr="*fp32")
+    inputs = dict(x_ptr=row, residual_ptr=row, weight_ptr=row)
+    norm = dict(**inputs, bias_ptr=row, out_ptr=row, **statistics, eps="fp32")
+    norm_gradient = dict(grad_ptr=row, **inputs, **statistics, dz_ptr=row, partial_ptr="*fp32", num_rows="i32")
+    for hidden_size in (768, 1024, 1536, 4096):
+        constants = triton_impl.row_constants(hidden_size, torch.float32)
+        for kernel, variant, types in (
+            (triton_impl._ngram_fusion_kernel, "forward", dict(hidden_ptr=row, **edges, out_ptr=row)),
+            (triton_impl._ngram_fusion_kernel, "backward", dict(hidden_ptr=None, **edges, out_ptr=row)),
+            (triton_impl._residual_layer_norm_kernel, "with G-grams", dict(**norm, **edges)),
+            (triton_impl._residual_layer_norm_kernel, "without", dict(**norm, **dict.fromkeys(edges))),
+            (triton_impl._residual_layer_norm_backward_kernel, "", norm_gradient),
+        ):
+            yield KernelSpec(kernel, f"{variant} H={hidden_size}".strip(), types, constants)
+
+
+REGISTRY = (fusion_specs,)
+
+
+def compile_kernel(spec: KernelSpec, capability: int) -> CompiledKernel:
+    """Compile as the launcher would, with all pointers aligned to 16 bytes."""
+    names = spec.kernel.arg_names
+    constants = {name: value for name, value in spec.constants.items() if name in names}
+    constants |= {name: None for name, kind in spec.types.items() if kind is None}
+    signature = {name: "constexpr" if name in constants else spec.types[name] for name in names}
+    aligned = [["tt.divisibility", 16]]
+    source = ASTSource(
+        spec.kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(index,): aligned for index, name in enumerate(names) if signature[name].startswith("*")},
+    )
+    num_warps = spec.constants["num_warps"]
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    shared = compiled.metadata.shared  # asked for at the launch, so not in the cubin
+    warps = resident_warps(capability, num_warps, registers, shared)
+    name = f"{spec.kernel.__name__} {spec.variant}".strip()
+    asm = compiled.asm
+    return CompiledKernel(name, capability, registers, stack + local, shared, warps, asm["ttir"], asm["ptx"])
+
+
+def resident_warps(capability: int, num_warps: int, registers: int, shared: int) -> int:
+    """The theoretical occupancy, in warps per multiprocessor, of blocks of `num_warps`."""
+    registers_per_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    by_registers = MAX_REGISTERS // registers_per_warp // WARP_UNIT * WARP_UNIT
+    blocks = min(by_registers, MAX_WARPS) // num_warps
+    return min(blocks, SHARED_MEMORY[capability] // (shared + RESERVED_SHARED), MAX_BLOCKS) * num_warps
+
+
+def compile_all() -> Iterator[CompiledKernel]:
+    """Every registered kernel on every architecture."""
+    for specs in REGISTRY:
+        for spec in specs():
+            for capability in SHARED_MEMORY:
+                yield compile_kernel(spec, capability)
+
+
+def main() -> None:
+    rows: dict[str, list[str]] = {}
+    for kernel in compile_all():
+        cell = f"{kernel.registers} / {kernel.spilled} / {kernel.shared} / {kernel.warps}"
+        rows.setdefault(kernel.name, []).append(cell)
+    print(f"| kernel | {' | '.join(f'sm_{capability}' for capability in SHARED_MEMORY)} |")
+    print("|---" * (1 + len(SHARED_MEMORY)) + "|")
+    for name, cells in rows.items():
+        print(f"| `{name.replace(' ', '` ', 1)} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

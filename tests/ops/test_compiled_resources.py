@@ -1,0 +1,62 @@
+"""Every kernel compiled for the GPUs we aim at, which need not be there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+COMPILE = """
+import json
+from dataclasses import asdict
+from benchmarks.resources import compile_all
+print(json.dumps([asdict(kernel) for kernel in compile_all()]))
+"""
+LOAD_OR_STORE = re.compile(r"\b(?:ld|st)\.global\S*?(?:\.(v\d))?\.[bfsu](\d+)\b")
+
+
+@pytest.fixture(scope="module")
+def compiled(root) -> dict[str, dict]:
+    """By name and architecture. In a process of its own, for here kernels may be interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE]
+    output = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return {f"{kernel['name']} sm_{kernel['capability']}": kernel for kernel in json.loads(output)}
+
+
+def of_fusion(compiled) -> dict[str, dict]:
+    kernels = {name: kernel for name, kernel in compiled.items() if re.match("_ngram_fusion|_residual", name)}
+    assert len(kernels) == 5 * 4 * 3  # kernels, hidden sizes, architectures
+    return kernels
+
+
+def test_no_kernel_spills(compiled):
+    assert {name: kernel["spilled"] for name, kernel in compiled.items() if kernel["spilled"]} == {}
+    assert all(0 < kernel["registers"] <= 255 for kernel in compiled.values())
+
+
+def test_rows_are_read_and_written_16_bytes_at_a_time(compiled):
+    """All of a row: the loads and stores of another width are as many as those of scalars in the source."""
+    for name, kernel in of_fusion(compiled).items():
+        scalars = [line for line in kernel["ttir"].splitlines() if re.search(r"tt\.(load|store) .*: !tt\.ptr<", line)]
+        widths = LOAD_OR_STORE.findall(kernel["ptx"])
+        narrow = [width for width in widths if width != ("v4", "32")]
+        assert len(narrow) == len(scalars) and set(narrow) <= {("", "32")}, name
+        assert len(widths) - len(narrow) >= 8, name
+
+
+def test_offsets_are_int64(compiled):
+    """Every product (row times row length) is taken in 64 bits, so no tensor is too large."""
+    for name, kernel in of_fusion(compiled).items():
+        products = re.findall(r"arith\.muli .*: (\S+)", kernel["ttir"])
+        assert products and set(products) == {"i64"}, name
+
+
+def test_backward_s_programs_are_all_resident(compiled):
+    from dnazen_kernels.ngram_fusion.triton_impl import WARPS_PER_SM
+
+    kernels = [kernel for name, kernel in of_fusion(compiled).items() if name.startswith("_residual_layer_norm_backward")]
+    assert len(kernels) == 4 * 3
+    assert min(kernel["warps"] for kernel in kernels) >= WARPS_PER_SM
