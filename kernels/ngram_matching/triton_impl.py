@@ -74,7 +74,7 @@ def match_ngrams(
     sequences = sequences.repeat_interleave(NUM_LENGTHS)
     groups, order = torch.sort(torch.where(slots >= 0, sequences << 32 | slots, NONE), stable=True)
     is_first = _differs_from_previous(groups) & (groups != NONE)
-    is_first = torch.empty_like(is_first).scatter_(0, order, is_first)  # by cell
+    is_first = is_first.scatter(0, order, is_first)  # by cell
     found = _running_count(is_first)
     if max_ngrams is not None:
         is_first &= found[:-1] - found[cu_seqlens * NUM_LENGTHS][sequences] < max_ngrams

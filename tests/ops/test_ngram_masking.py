@@ -1,56 +1,62 @@
-"""Masking against loops that follow the paper's sentences, and its invariants and rates."""
+"""Masking against loops that follow the paper's sentences, its invariants and rates; by both implementations."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from dnazen_kernels.ngram_masking import ngram_masking
+from dnazen_kernels.ngram_masking import ngram_masking, reference, triton_impl
 from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tests.ops.oracles import mask_slowly
+from tests.ops.synchronisations import ForbidSynchronisation
 
 CLS, SEP, MASK = 1, 2, 4
 ORDINARY_IDS = torch.arange(5, 12)
+GRAPH = ("ngram_input_ids", "ngram_cu_seqlens", "token_offsets", "token_ngrams", "ngram_offsets", "ngram_tokens")
+with_fixtures = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
-def make_inputs(sequences, vocabulary, seed):
+def make_inputs(sequences, vocabulary, seed, p=0.15, capacity=None):
     """Keyword arguments of `ngram_masking` for bodies of tokens, each put between [CLS] and [SEP]."""
     sequences = [[CLS, *body, SEP] for body in sequences]
-    input_ids = np.array([token for sequence in sequences for token in sequence], np.int64)
-    cu_seqlens = np.cumsum([0] + [len(sequence) for sequence in sequences])
+    input_ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
+    cu_seqlens = torch.tensor([0] + [len(sequence) for sequence in sequences]).cumsum(0)
     table = NgramTable.build(vocabulary, range(1, len(vocabulary) + 1), 12)
-    matches = ngram_matching(input_ids, cu_seqlens, table)._asdict()
-    del matches["num_dropped"]
+    matches = ngram_matching(input_ids, cu_seqlens, table, capacity=capacity)._asdict()
     return {
-        "input_ids": torch.from_numpy(input_ids),
-        "ordinary": torch.from_numpy(input_ids >= 5),
+        "input_ids": input_ids,
+        "ordinary": input_ids >= 5,
         "random": torch.from_numpy(np.random.default_rng(seed).random((len(input_ids), 3))),
-        **{name: torch.from_numpy(array) for name, array in matches.items()},
+        **{name: matches[name] for name in GRAPH},
+        "mlm_probability": p,
         "mask_token_id": MASK,
         "ordinary_ids": ORDINARY_IDS,
     }
 
 
-def mask_slowly(inputs, p, whole_ngram):
-    """Input ids, labels, surviving G-grams, and the tokens that each of these covers."""
-    ids, random = inputs["input_ids"].tolist(), inputs["random"].tolist()
-    ordinary = inputs["ordinary"].tolist()
-    covers = rows(inputs["ngram_offsets"], inputs["ngram_tokens"])
-    drawn = {t for t in range(len(ids)) if ordinary[t] and random[t][0] < p}
-    masked = set(drawn)
-    if whole_ngram:
-        for tokens in covers:
-            if drawn.intersection(tokens):
-                masked.update(tokens)
-    labels = [ids[t] if t in masked else -100 for t in range(len(ids))]
-    for t in masked:
-        if random[t][1] < 0.8:
-            ids[t] = MASK
-        elif random[t][1] < 0.9:
-            ids[t] = ORDINARY_IDS[math.floor(random[t][2] * len(ORDINARY_IDS))].item()
-    survivors = [j for j, tokens in enumerate(covers) if not masked.intersection(tokens)]
-    return ids, labels, survivors, [covers[j] for j in survivors]
+def lists(fields):
+    return {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in fields.items()}
+
+
+def to(inputs, device):
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+
+
+def check(inputs, device, whole_ngram=True):
+    """Both implementations against the slow one; returns what they found, without the tail."""
+    capacity = len(inputs["ngram_input_ids"]), len(inputs["ngram_tokens"])
+    expected = mask_slowly(lists(inputs), whole_ngram, capacity)
+    for impl, where in (("reference", torch.device("cpu")), ("triton", device)):
+        batch = ngram_masking(**to(inputs, where), whole_ngram=whole_ngram, impl=impl)
+        assert lists(batch._asdict()) == expected, impl
+        assert lists(batch.trimmed()._asdict()) == mask_slowly(lists(inputs), whole_ngram), impl
+        for name in ("input_ids", *GRAPH):
+            assert getattr(batch, name).dtype == inputs[name].dtype and getattr(batch, name).device.type == where.type
+        assert batch.counts.dtype == torch.int32
+    return mask_slowly(lists(inputs), whole_ngram)
 
 
 def rows(offsets, values):
@@ -63,84 +69,134 @@ cases = st.tuples(
     st.lists(st.lists(token, min_size=2, max_size=5).map(tuple), max_size=15, unique=True),
     st.integers(0, 2**32),
     st.sampled_from([0.0, 0.15, 0.4, 1.0]),
-    st.booleans(),
 )
 
 
 @settings(max_examples=200, deadline=None)
-@given(cases)
-def test_masking_equals_slow_masking(case):
-    sequences, vocabulary, seed, p, whole_ngram = case
-    inputs = make_inputs(sequences, vocabulary, seed)
-    batch = ngram_masking(**inputs, mlm_probability=p, whole_ngram=whole_ngram)
-    ids, labels, survivors, covers = mask_slowly(inputs, p, whole_ngram)
-    assert batch.input_ids.tolist() == ids
-    assert batch.labels.tolist() == labels
-    assert batch.ngram_input_ids.tolist() == inputs["ngram_input_ids"][survivors].tolist()
-    assert rows(batch.ngram_offsets, batch.ngram_tokens) == covers
-    by_token = [[j for j, tokens in enumerate(covers) if t in tokens] for t in range(len(ids))]
-    assert rows(batch.token_offsets, batch.token_ngrams) == by_token
-    bounds = inputs["ngram_cu_seqlens"].tolist()
-    assert batch.ngram_cu_seqlens.tolist() == [sum(j < bound for j in survivors) for bound in bounds]
-    for name in ("ngram_cu_seqlens", "token_offsets", "token_ngrams", "ngram_offsets", "ngram_tokens"):
-        assert getattr(batch, name).dtype == torch.int32
+@given(cases, st.booleans())
+def test_reference_equals_slow_masking(case, whole_ngram):
+    inputs = make_inputs(*case)
+    batch = ngram_masking(**inputs, whole_ngram=whole_ngram, impl="reference").trimmed()
+    assert lists(batch._asdict()) == mask_slowly(lists(inputs), whole_ngram)
+
+
+@settings(max_examples=100, **with_fixtures)
+@given(cases, st.booleans(), st.none() | st.tuples(st.integers(0, 40), st.integers(0, 150)))
+def test_implementations_equal_slow_masking(device, poisoned_memory, case, whole_ngram, capacity):
+    """With a capacity the G-grams that come in have padding behind them, or were cut."""
+    check(make_inputs(*case, capacity), device, whole_ngram)
 
 
 @settings(max_examples=100, deadline=None)
-@given(cases)
-def test_masking_invariants(case):
-    sequences, vocabulary, seed, p, whole_ngram = case
-    inputs = make_inputs(sequences, vocabulary, seed)
+@given(cases, st.booleans())
+def test_invariants(case, whole_ngram):
+    inputs = make_inputs(*case)
     before = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    batch = ngram_masking(**inputs, mlm_probability=p, whole_ngram=whole_ngram)
+    batch = ngram_masking(**inputs, whole_ngram=whole_ngram).trimmed()
     masked = batch.labels != -100
     assert inputs["ordinary"][masked].all()
     assert torch.equal(batch.labels[masked], inputs["input_ids"][masked])
     assert torch.equal(batch.input_ids[~masked], inputs["input_ids"][~masked])
     assert not masked[batch.ngram_tokens].any()
     if whole_ngram:
-        drawn = inputs["ordinary"] & (inputs["random"][:, 0] < p)
+        drawn = inputs["ordinary"] & (inputs["random"][:, 0] < inputs["mlm_probability"])
         for tokens in rows(inputs["ngram_offsets"], inputs["ngram_tokens"]):
             assert masked[tokens].all() or not drawn[tokens].any()
     assert all(torch.equal(inputs[name], value) for name, value in before.items())
 
 
-def test_masking_is_one_hop_and_leaks_nothing():
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several programs on few tokens, the last of them not full."""
+    monkeypatch.setattr(triton_impl, "BLOCK", 16)
+
+
+RISING = [tuple(range(first, first + n)) for n in range(2, 6) for first in range(5, 12 - n + 1)]
+
+
+@pytest.mark.parametrize("capacity", [None, (200, 900)], ids=["exact", "padded"])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize(
+    "sequences, vocabulary, p, survivors",
+    [
+        ([], RISING, 0.15, 0),
+        ([[], [], []], RISING, 1.0, 0),
+        ([[5, 6, 9]] * 3, [(8, 9)], 0.15, 0),
+        ([list(range(5, 12)), [], [5, 6]] * 5, RISING, 0.0, 95),
+        ([list(range(5, 12)), [], [5, 6]] * 5, RISING, 1.0, 0),
+        ([list(range(5, 12)), [], [5, 6]] * 20, RISING[:4], 0.15, None),
+        ([[5] * 150], [(5, 5)], 0.002, None),
+        ([[5] * 150], [(5, 5)], 0.0, 1),
+        ([list(range(5, 12))], RISING, 0.0, 18),
+    ],
+    ids=["none", "empty", "no_edges", "nothing", "everything", "some", "over_all", "over_all_kept", "many_over_one"],
+)
+def test_cases(device, poisoned_memory, small_blocks, sequences, vocabulary, p, survivors, index_dtype, capacity):
+    inputs = make_inputs(sequences, vocabulary, 3, p, capacity)
+    inputs.update({name: inputs[name].to(index_dtype) for name in GRAPH[1:]})
+    found = check(inputs, device)
+    if survivors is None:
+        masked = sum(label != -100 for label in found["labels"])
+        assert masked and (found["counts"][0] > 0 or masked == 150)
+    else:
+        assert found["counts"][0] == survivors
+
+
+def test_a_token_under_fourteen(device, poisoned_memory):
+    """All runs of 2 to 5 of nine tokens: the middle one is under 14, and drawing it masks all nine."""
+    vocabulary = [tuple(range(first, first + n)) for n in range(2, 6) for first in range(3, 12 - n + 1)]
+    inputs = make_inputs([range(3, 12)], vocabulary, 0)
+    inputs["ordinary"][1:-1] = True
+    assert inputs["token_offsets"].diff().max() == 14
+    inputs["random"] = torch.full((11, 3), 0.5, dtype=torch.float64)
+    inputs["random"][5, 0] = 0.0
+    assert check(inputs, device)["labels"] == [-100, *range(3, 12), -100]
+
+
+def test_one_hop_and_no_leak(device):
     """Overlapping G-grams 5-6, 6-7, 7-8, token 5 drawn: 5-6 is hit, 6-7 touches the masked 6 and goes, 7-8 stays."""
     inputs = make_inputs([[5, 6, 7, 8]], [(5, 6), (6, 7), (7, 8)], 0)
     inputs["random"] = torch.ones(6, 3, dtype=torch.float64) * 0.5
     inputs["random"][1, 0] = 0.0
-    batch = ngram_masking(**inputs, mlm_probability=0.15)
-    assert batch.labels.tolist() == [-100, 5, 6, -100, -100, -100]
-    assert batch.input_ids.tolist() == [CLS, MASK, MASK, 7, 8, SEP]
-    assert batch.ngram_input_ids.tolist() == [3]
-    batch = ngram_masking(**inputs, mlm_probability=0.15, whole_ngram=False)
-    assert batch.labels.tolist() == [-100, 5, -100, -100, -100, -100]
-    assert batch.ngram_input_ids.tolist() == [2, 3]
+    found = check(inputs, device)
+    assert found["labels"] == [-100, 5, 6, -100, -100, -100]
+    assert found["input_ids"] == [CLS, MASK, MASK, 7, 8, SEP]
+    assert found["ngram_input_ids"] == [3]
+    found = check(inputs, device, whole_ngram=False)
+    assert found["labels"] == [-100, 5, -100, -100, -100, -100]
+    assert found["ngram_input_ids"] == [2, 3]
 
 
-def test_masking_token_id_0_is_a_token():
-    inputs = make_inputs([[5, 6]], [], 0)
+def test_token_id_0_is_a_token(device):
+    inputs = make_inputs([[5, 6]], [], 0, p=0.5)
     inputs["input_ids"][1] = 0
     inputs["random"][:, :2] = 0
-    assert ngram_masking(**inputs, mlm_probability=0.5).labels.tolist() == [-100, 0, 6, -100]
+    assert check(inputs, device)["labels"] == [-100, 0, 6, -100]
 
 
 @pytest.mark.parametrize("last", [0.0, 1 - 2**-53], ids=["first", "last"])
-def test_masking_replacement_is_an_ordinary_token(last):
+def test_replacement_is_an_ordinary_token(device, last):
     """The smallest and the largest uniform there is pick the first and the last ordinary token."""
-    inputs = make_inputs([[7]], [], 0)
+    inputs = make_inputs([[7]], [], 0, p=0.5)
     inputs["random"][1] = torch.tensor([0.0, 0.85, last], dtype=torch.float64)
-    expected = ORDINARY_IDS[0 if last == 0 else -1]
-    assert ngram_masking(**inputs, mlm_probability=0.5).input_ids[1] == expected
+    assert check(inputs, device)["input_ids"][1] == ORDINARY_IDS[0 if last == 0 else -1]
 
 
-def test_masking_rates():
+def test_thresholds_are_exact_to_the_last_bit(device):
+    """A comparison in fp32 would take the neighbours below 0.15, 0.8 and 0.9 for the thresholds or beyond."""
+    inputs = make_inputs([[7] * 6], [], 0)
+    below = [np.nextafter(x, 0) for x in (0.15, 0.8, 0.9)]
+    draws = [(below[0], 0), (0.15, 0), (0, below[1]), (0, 0.8), (0, below[2]), (0, 0.9)]
+    inputs["random"][1:-1] = torch.tensor([(*draw, 0.99) for draw in draws], dtype=torch.float64)
+    assert check(inputs, device)["input_ids"][1:-1] == [MASK, 7, MASK, 11, 11, 7]
+
+
+def test_rates():
     """Rates of a million tokens inside 5 sigma of the binomial."""
     n, p = 1_000_000, 0.15
     body = np.random.default_rng(1).integers(5, 12, n).tolist()
-    inputs = make_inputs([body], [(5, 6, 7)], 2)
-    batch = ngram_masking(**inputs, mlm_probability=p, whole_ngram=False)
+    inputs = make_inputs([body], [(5, 6, 7)], 2, p)
+    batch = ngram_masking(**inputs, whole_ngram=False)
     masked = (batch.labels != -100)[1:-1]
 
     def check(found, trials, probability):
@@ -158,19 +214,90 @@ def test_masking_rates():
         others = original != token_id
         check(int((replaced[others] == token_id).sum()), int(others.sum()), 0.1 / 7)
 
-    whole = ngram_masking(**inputs, mlm_probability=p).labels != -100
+    whole = ngram_masking(**inputs).labels != -100
     assert whole.sum() > total and whole[1:-1][masked].all()
+
+
+def make_large_case(device):
+    """More tokens, G-grams and edges than one program takes."""
+    rng = np.random.default_rng(3)
+    sequences = [rng.integers(5, 12, n).tolist() for n in (200, 0, 2, 111)]
+    vocabulary = sorted({tuple(rng.integers(5, 12, n).tolist()) for n in range(2, 6) for _ in range(30)})
+    return to(make_inputs(sequences, vocabulary, 0, 0.02, (400, 1500)), device)
+
+
+def test_same_integers_on_every_run(device):
+    inputs = make_large_case(device)
+    first = ngram_masking(**inputs, impl="triton")
+    assert 0 < first.counts[0] < inputs["ngram_cu_seqlens"][-1]
+    for _ in range(50):
+        assert all(map(torch.equal, first, ngram_masking(**inputs, impl="triton")))
+
+
+def test_no_host_synchronisation(device):
+    inputs = make_large_case(device)
+    arguments = inputs["ordinary"], *(inputs[name] for name in GRAPH), True
+    with ForbidSynchronisation(device):
+        triton_impl.mask_ngrams(*arguments)
+    with pytest.raises((AssertionError, RuntimeError)), ForbidSynchronisation(device):
+        reference.mask_ngrams(*arguments)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("whole_ngram", [True, False], ids=["whole", "tokens"])
+def test_opcheck(device, impl, whole_ngram):
+    inputs = make_large_case(device)
+    arguments = inputs["ordinary"], *(inputs[name] for name in GRAPH), whole_ngram, impl
+    torch.library.opcheck(torch.ops.dnazen.ngram_masking.default, arguments)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_compiles_in_one_graph(device, impl):
+    inputs = make_large_case(device)
+
+    def mask(inputs):
+        return ngram_masking(**inputs, impl=impl)
+
+    compiled = torch.compile(mask, fullgraph=True, backend="aot_eager")
+    assert lists(compiled(inputs)._asdict()) == lists(mask(inputs)._asdict())
+
+
+def test_sliced_inputs(device):
+    inputs = make_large_case(device)
+    expected = lists(ngram_masking(**inputs, impl="triton")._asdict())
+    sliced = {
+        name: torch.stack([x, x], dim=-1)[..., 0] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()
+    }
+    assert not sliced["ngram_tokens"].is_contiguous()
+    assert lists(ngram_masking(**sliced, impl="triton")._asdict()) == expected
 
 
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"random": torch.zeros(3, 3)}, TypeError, "random float64, got torch.bool and torch.float32"),
-        ({"ordinary": torch.zeros(3)}, TypeError, "ordinary must be bool"),
-        ({"random": torch.zeros(3, 2, dtype=torch.float64)}, ValueError, r"\(3, 3\), got \(3,\) and \(3, 2\)"),
+        ({"input_ids": torch.zeros(3)}, TypeError, "input_ids must be torch.int32 or torch.int64, got torch.float32"),
+        ({"random": torch.zeros(3, 3)}, TypeError, "random must be torch.float64, got torch.float32"),
+        ({"ordinary": torch.zeros(3)}, TypeError, "ordinary must be torch.bool, got torch.float32"),
+        ({"random": torch.zeros(3, 2, dtype=torch.float64)}, ValueError, r"random must have shape \[3, 3\], got \[3, 2\]"),
+        ({"token_offsets": torch.zeros(3, dtype=torch.int32)}, ValueError, r"token_offsets must have shape \[4\], got \[3\]"),
+        ({"ngram_offsets": torch.zeros(1)}, TypeError, "ngram_offsets must be torch.int32, got torch.float32"),
+        ({"ngram_tokens": torch.zeros(2, dtype=torch.int32)}, ValueError, r"ngram_tokens must have shape \[0\], got \[2\]"),
+        ({"ngram_cu_seqlens": torch.zeros(0, dtype=torch.int32)}, ValueError, r"ngram_cu_seqlens must have shape \[1\]"),
+        ({"ordinary_ids": torch.arange(5).int()}, TypeError, "ordinary_ids must be torch.int64, got torch.int32"),
+        ({"ordinary_ids": torch.arange(5, device="meta")}, ValueError, "ordinary_ids must be on cpu like input_ids, got meta"),
+        ({"mlm_probability": 1.5}, ValueError, r"mlm_probability must lie in \[0, 1\], got 1.5"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'triton', 'reference', got 'cuda'"),
     ],
-    ids=["random_dtype", "ordinary_dtype", "shape"],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_masking_contract(change, error, message):
+def test_contract(change, error, message):
     with pytest.raises(error, match=message):
-        ngram_masking(**{**make_inputs([[5]], [], 0), **change}, mlm_probability=0.15)
+        ngram_masking(**{**make_inputs([[5]], [], 0), **change})
+
+
+def test_too_many_edges():
+    """Tensors without memory are enough to see the limit of the packed scan."""
+    inputs = to(make_inputs([[5]], [], 0), "meta")
+    inputs.update({name: torch.empty(2**31, dtype=torch.int32, device="meta") for name in ("token_ngrams", "ngram_tokens")})
+    with pytest.raises(ValueError, match="token_ngrams must hold fewer than 2.31 edges, got 2147483648"):
+        ngram_masking(**inputs)
