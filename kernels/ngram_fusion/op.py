@@ -33,7 +33,8 @@ def ngram_fusion(
         ngram_hidden_states: G-gram states `[N, H]`, floating point; N may be 0.
         token_offsets, token_ngrams: `[T + 1]` and `[E]`, int32 or int64: which G-grams cover token t.
         ngram_offsets, ngram_tokens: `[N + 1]` and `[E]`, of the same type: which tokens G-gram j covers. Both views
-            must describe the same edges; that is not checked, for it would cost a device synchronisation.
+            must describe the same edges; that is not checked, for it would cost a device synchronisation. Entries
+            behind the last offset are ignored.
         impl: "triton", "reference" (`index_add`), or "auto": Triton on a GPU, else the reference.
 
     Returns:

@@ -26,12 +26,14 @@ def ngram_fusion_index_add(
     """The same sum on packed input, one edge at a time: `out[t] += ngram_hidden_states[j]` for every edge (t, j).
 
     Token t of `hidden_states` `[T, H]` is covered by the G-grams `token_ngrams[token_offsets[t]:token_offsets[t + 1]]`,
-    rows of `ngram_hidden_states` `[N, H]`.
+    rows of `ngram_hidden_states` `[N, H]`; entries from `token_offsets[T]` on belong to no token.
     """
     dtype = accumulation_dtype(hidden_states, ngram_hidden_states)
-    tokens = torch.arange(hidden_states.shape[0], device=hidden_states.device)
-    edge_tokens = tokens.repeat_interleave(token_offsets.diff(), output_size=token_ngrams.shape[0])
-    edge_states = ngram_hidden_states.to(dtype).index_select(0, token_ngrams)
+    edges = torch.arange(token_ngrams.shape[0], dtype=token_offsets.dtype, device=token_offsets.device)
+    edge_tokens = torch.searchsorted(token_offsets, edges, right=True) - 1
+    is_used = edges < token_offsets[-1]
+    edge_states = ngram_hidden_states.to(dtype).index_select(0, token_ngrams) * is_used[:, None]
+    edge_tokens = edge_tokens.clamp(max=hidden_states.shape[0] - 1)
     return hidden_states.to(dtype).index_add(0, edge_tokens, edge_states).to(hidden_states.dtype)
 
 

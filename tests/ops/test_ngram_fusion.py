@@ -12,9 +12,9 @@ from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 HIDDEN_SIZES = [48, 64, 768, 37]
-EDGES = ["none", "no_ngrams", "one", "duplicates", "one_over_all", "fourteen", "empty_rows"]
+EDGES = ["none", "no_ngrams", "one", "duplicates", "one_over_all", "fourteen", "empty_rows", "unused"]
 LAYOUTS = ["contiguous", "sliced"]
-# Every pair of values meets in some case (test_cases_cover_all_pairs); all four of every kind would be 224 cases.
+# Every pair of values meets in some case (test_cases_cover_all_pairs); all four of every kind would be 256 cases.
 CASES = [
     (dtype, HIDDEN_SIZES[(d + e) % 4], edges, LAYOUTS[(d // 2 + e) % 2])
     for (d, dtype), (e, edges) in itertools.product(enumerate(DTYPES), enumerate(EDGES))
@@ -35,21 +35,23 @@ def make_matrix(edges: str, num_tokens: int = NUM_TOKENS) -> torch.Tensor:
         matrix[:, 3] = 1
     elif edges == "fourteen":
         matrix[7, 1:] = 1
-    elif edges == "empty_rows":
+    elif edges in ("empty_rows", "unused"):
         matrix = (torch.rand(matrix.shape) < 0.2).float()
         matrix[::2], matrix[:, 5] = 0, 0
     return matrix
 
 
-def make_csr(matrix: torch.Tensor, dtype: torch.dtype = torch.int32) -> list[torch.Tensor]:
-    """Both views, straight from the definition."""
+def make_csr(
+    matrix: torch.Tensor, dtype: torch.dtype = torch.int32, device: torch.device | str = "cpu", num_unused: int = 0
+) -> list[torch.Tensor]:
+    """Both views, straight from the definition, with entries at the end that belong to no row."""
     views = []
     for rows in (matrix, matrix.T):
         counts = rows.sum(1).long()
         row, column = rows.nonzero().T
         indices = column.repeat_interleave(rows[row, column].long())
-        views += [torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(dtype), indices.to(dtype)]
-    return views
+        views += [F.pad(counts.cumsum(0), (1, 0)), F.pad(indices, (0, num_unused))]
+    return [view.to(device, dtype) for view in views]
 
 
 def randn(*shape: int, dtype: torch.dtype, device: torch.device, layout: str = "contiguous") -> torch.Tensor:
@@ -99,7 +101,7 @@ def test_cases_cover_all_pairs():
     for left, right in itertools.combinations(range(4), 2):
         values = [{case[position] for case in CASES} for position in (left, right)]
         assert {(case[left], case[right]) for case in CASES} == set(itertools.product(*values))
-    assert [len({case[position] for case in CASES}) for position in range(4)] == [4, 4, 7, 2]
+    assert [len({case[position] for case in CASES}) for position in range(4)] == [4, 4, 8, 2]
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -109,7 +111,7 @@ def test_ngram_fusion(dtype, hidden_size, edges, layout, impl, device, poisoned_
     matrix = make_matrix(edges)
     shapes = [(NUM_TOKENS, hidden_size), (matrix.shape[1], hidden_size), (NUM_TOKENS, hidden_size)]
     *inputs, grad = (randn(*shape, dtype=dtype, device=device, layout=layout) for shape in shapes)
-    csr = [x.to(device) for x in make_csr(matrix, torch.int64 if layout == "sliced" else torch.int32)]
+    csr = make_csr(matrix, torch.int64 if layout == "sliced" else torch.int32, device, 5 * (edges == "unused"))
     dense = matrix.double().to(device)[None]
     truth = run(lambda h, g: ngram_fusion_dense(h[None], g[None], dense)[0], [x.double() for x in inputs], grad.double())
     ours = run(lambda h, g: ngram_fusion(h, g, *csr, impl=impl), inputs, grad)
@@ -153,14 +155,14 @@ def check_residual_layer_norm(dtypes, hidden_size, matrix, csr, layout, device):
 @over_cases
 def test_residual_layer_norm(dtype, hidden_size, edges, layout, device, poisoned_memory):
     matrix = make_matrix(edges)
-    csr = [x.to(device) for x in make_csr(matrix, torch.int64 if layout == "sliced" else torch.int32)]
+    csr = make_csr(matrix, torch.int64 if layout == "sliced" else torch.int32, device, 5 * (edges == "unused"))
     check_residual_layer_norm([dtype] * 5, hidden_size, matrix, csr, layout, device)
 
 
 @pytest.mark.parametrize("hidden_size", [1024, 1536, 4096])
 def test_rows_over_several_vectors_and_warps(hidden_size, device, poisoned_memory):
     matrix = make_matrix("empty_rows")
-    csr = [x.to(device) for x in make_csr(matrix)]
+    csr = make_csr(matrix, device=device)
     check_residual_layer_norm([torch.bfloat16] * 5, hidden_size, matrix, csr, "contiguous", device)
 
 
@@ -176,7 +178,7 @@ def test_rows_over_several_vectors_and_warps(hidden_size, device, poisoned_memor
 def test_mixed_dtypes(dtypes, device, poisoned_memory):
     """The output is in the type of x + residual, every gradient in that of its tensor."""
     matrix = make_matrix("empty_rows")
-    csr = [x.to(device) for x in make_csr(matrix)]
+    csr = make_csr(matrix, device=device)
     check_residual_layer_norm(dtypes, 48, matrix, csr, "contiguous", device)
     hidden, ngrams, grad = (
         randn(n, 48, dtype=dtype, device=device)
@@ -197,7 +199,7 @@ def test_residual_layer_norm_without_ngrams(device, poisoned_memory):
     """The same bits as with G-grams that cover no token."""
     x, residual, grad = (randn(NUM_TOKENS, 48, dtype=torch.float32, device=device) for _ in range(3))
     weight, bias = (randn(48, dtype=torch.float32, device=device) for _ in range(2))
-    inputs, csr = [x, residual, weight, bias], [x.to(device) for x in make_csr(make_matrix("none"))]
+    inputs, csr = [x, residual, weight, bias], make_csr(make_matrix("none"), device=device)
     ngrams = randn(15, 48, dtype=torch.float32, device=device)
     plain = run(lambda *args: residual_layer_norm(*args, EPS, impl="triton"), inputs, grad)
     fused = run(lambda *args: residual_layer_norm(*args, EPS, ngrams, *csr, impl="triton"), inputs, grad)
@@ -219,7 +221,7 @@ def test_constant_rows_give_the_bias(impl, device):
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_halves_are_accumulated_in_fp32(impl, device):
     """2048 + 1 + 1 is 2050 in fp16 only if the ones are added up before they are rounded away."""
-    csr = [x.to(device) for x in make_csr(torch.ones(1, 2))]
+    csr = make_csr(torch.ones(1, 2), device=device)
     hidden = torch.full((1, 4), 2048, dtype=torch.float16, device=device)
     output = ngram_fusion(hidden, torch.ones(2, 4, dtype=torch.float16, device=device), *csr, impl=impl)
     assert output.tolist() == [[2050.0] * 4]
@@ -227,7 +229,7 @@ def test_halves_are_accumulated_in_fp32(impl, device):
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_no_tokens(impl, device):
-    csr = [x.to(device) for x in make_csr(torch.zeros(0, 0))]
+    csr = make_csr(torch.zeros(0, 0), device=device)
     empty = torch.zeros(0, 8, device=device)
     assert ngram_fusion(empty, empty, *csr, impl=impl).shape == (0, 8)
     parameters = [torch.ones(8, device=device), torch.ones(8, device=device)]
@@ -240,7 +242,7 @@ def test_no_tokens(impl, device):
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_gradcheck(impl, device):
-    csr = [x.to(device) for x in make_csr(make_matrix("empty_rows", 4)[:, :5])]
+    csr = make_csr(make_matrix("empty_rows", 4)[:, :5], device=device)
     shapes = [(4, 3), (4, 3), (3,), (3,), (5, 3)]
     x, residual, weight, bias, ngrams = (
         randn(*shape, dtype=torch.float64, device=device).requires_grad_() for shape in shapes
@@ -254,7 +256,7 @@ def test_gradcheck(impl, device):
 def test_same_bits_on_every_run(device):
     num_tokens, num_ngrams, hidden_size = (4099, 700, 768) if device.type == "cuda" else (11, 5, 24)
     matrix = (torch.rand(num_tokens, num_ngrams) < 0.3).float()
-    csr = [x.to(device) for x in make_csr(matrix)]
+    csr = make_csr(matrix, device=device)
     shapes = [(num_tokens, hidden_size)] * 2 + [(hidden_size,)] * 2 + [(num_ngrams, hidden_size)]
     inputs = [randn(*shape, dtype=torch.bfloat16, device=device) for shape in shapes]
     grad = randn(num_tokens, hidden_size, dtype=torch.bfloat16, device=device)
@@ -269,7 +271,7 @@ def test_same_bits_on_every_run(device):
 
 
 def operator_arguments(device):
-    csr = [x.to(device) for x in make_csr(make_matrix("empty_rows", 5)[:, :3])]
+    csr = make_csr(make_matrix("empty_rows", 5)[:, :3], device=device)
     x, residual, weight, bias, ngrams = (
         randn(*shape, dtype=torch.float32, device=device).requires_grad_()
         for shape in ((5, 8), (5, 8), (8,), (8,), (3, 8))
@@ -319,11 +321,14 @@ def test_offsets_beyond_two_to_the_31():
     torch.testing.assert_close(output, expected)
 
 
-def test_fusion_takes_the_matcher_s_edges():
+@pytest.mark.parametrize("capacity", [None, (4, 20)], ids=["exact", "capacity"])
+def test_fusion_takes_the_matcher_s_edges(capacity):
     table = NgramTable.build([(7, 8), (8, 9, 7)], [1, 2], 16)
-    matches = ngram_matching([1, 7, 8, 9, 7, 8, 2], [0, 7], table)
-    csr = [torch.from_numpy(x) for x in matches[2:6]]
-    output = ngram_fusion(torch.zeros(7, 1), torch.tensor([[1.0], [10.0]]), *csr)
+    tokens, cu_seqlens = torch.tensor([1, 7, 8, 9, 7, 8, 2]), torch.tensor([0, 7], dtype=torch.int32)
+    matches = ngram_matching(tokens, cu_seqlens, table, capacity=capacity)
+    states = torch.full((len(matches.ngram_input_ids), 1), 100.0)
+    states[:2] = torch.tensor([[1.0], [10.0]])
+    output = ngram_fusion(torch.zeros(7, 1), states, *matches[2:6])
     assert output.squeeze(1).tolist() == [0, 1, 11, 10, 11, 1, 0]
 
 
