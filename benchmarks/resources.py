@@ -71,7 +71,35 @@ def fusion_specs() -> Iterator[KernelSpec]:
             yield KernelSpec(kernel, f"{variant} H={hidden_size}".strip(), types, constants)
 
 
-REGISTRY = (fusion_specs,)
+def masking_specs() -> Iterator[KernelSpec]:
+    from dnazen_kernels.ngram_masking import triton_impl
+
+    constants = dict(BLOCK=triton_impl.BLOCK, num_warps=4)
+    sizes = dict.fromkeys(("num_rows", "num_tokens", "num_ngrams", "num_sequences", "num_edges"), "i32")
+    flags = dict.fromkeys(("own_ptr", "flags_ptr", "out_ptr", "masked_ptr", "kept_ptr"), "*i8")
+    wide = dict.fromkeys(("scan_ptr", "ids_ptr", "new_ids_ptr"), "*i64")
+    for kernel, variant, change in (
+        (triton_impl._any_kernel, "by token", {}),
+        (triton_impl._any_kernel, "by G-gram", dict(own_ptr=None)),
+        (triton_impl._survivors_kernel, "", {}),
+        (triton_impl._token_counts_kernel, "", {}),
+        (triton_impl._compact_ngrams_kernel, "", {}),
+        (triton_impl._compact_tokens_kernel, "", {}),
+    ):
+        types = dict.fromkeys(kernel.arg_names, "*i32") | sizes | flags | wide | change
+        yield KernelSpec(kernel, variant, types, constants)
+
+
+def matching_specs() -> Iterator[KernelSpec]:
+    from dnazen_kernels.ngram_matching import triton_impl
+
+    pointers = dict(tokens_ptr="*i64", ends_ptr="*i64", prefilter_ptr="*u8", keys_ptr="*i64", slots_ptr="*i64")
+    constants = dict(BLOCK=triton_impl.BLOCK, num_warps=4)
+    sizes = dict.fromkeys(("num_positions", "prefilter_size", "bits", "hash_bits"), "i32")
+    yield KernelSpec(triton_impl._look_up_kernel, "", pointers | sizes, triton_impl.CONSTANTS | constants)
+
+
+REGISTRY = (fusion_specs, masking_specs, matching_specs)
 
 
 def compile_kernel(spec: KernelSpec, capability: int) -> CompiledKernel:
@@ -126,7 +154,8 @@ def main() -> None:
     print(f"| kernel | {' | '.join(f'sm_{capability}' for capability in SHARED_MEMORY)} |")
     print("|---" * (1 + len(SHARED_MEMORY)) + "|")
     for name, cells in rows.items():
-        print(f"| `{name.replace(' ', '` ', 1)} | {' | '.join(cells)} |")
+        kernel, _, variant = name.partition(" ")
+        print(f"| {' '.join(filter(None, (f'`{kernel}`', variant)))} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

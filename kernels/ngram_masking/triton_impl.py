@@ -22,10 +22,10 @@ def _block(BLOCK: tl.constexpr):
 def _count_in_row(flags_ptr, offsets_ptr, indices_ptr, row, exists):
     """How many of a row's edges lead to a flag that is set."""
     start = tl.load(offsets_ptr + row, mask=exists, other=0).to(tl.int64)
-    end = tl.load(offsets_ptr + row + 1, mask=exists, other=0).to(tl.int64)
+    end = tl.load(offsets_ptr + (row + 1), mask=exists, other=0).to(tl.int64)
     count = tl.zeros_like(start)
     for k in range(tl.max(end - start)):
-        index = tl.load(indices_ptr + start + k, mask=start + k < end, other=0).to(tl.int64)
+        index = tl.load(indices_ptr + (start + k), mask=start + k < end, other=0).to(tl.int64)
         count += tl.load(flags_ptr + index, mask=start + k < end, other=0)
     return count
 
@@ -51,10 +51,10 @@ def _survivors_kernel(
     ngram = _block(BLOCK) - 1
     exists = (ngram >= 0) & (ngram < tl.load(ngram_cu_seqlens_ptr + num_sequences))
     kept = exists & (_count_in_row(masked_ptr, ngram_offsets_ptr, ngram_tokens_ptr, ngram, exists) == 0)
-    size = tl.load(ngram_offsets_ptr + ngram + 1, mask=kept, other=0).to(tl.int64)
+    size = tl.load(ngram_offsets_ptr + (ngram + 1), mask=kept, other=0).to(tl.int64)
     size -= tl.load(ngram_offsets_ptr + ngram, mask=kept, other=0)
     tl.store(kept_ptr + ngram, kept, mask=(ngram >= 0) & (ngram < num_ngrams))
-    tl.store(scan_ptr + ngram + 1, (kept.to(tl.int64) << HALF) + size, mask=ngram < num_ngrams)
+    tl.store(scan_ptr + (ngram + 1), (kept.to(tl.int64) << HALF) + size, mask=ngram < num_ngrams)
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _token_counts_kernel(kept_ptr, token_offsets_ptr, token_ngrams_ptr, counts_p
     token = _block(BLOCK) - 1
     exists = (token >= 0) & (token < num_tokens)
     count = _count_in_row(kept_ptr, token_offsets_ptr, token_ngrams_ptr, token, exists)
-    tl.store(counts_ptr + token + 1, count, mask=token < num_tokens)
+    tl.store(counts_ptr + (token + 1), count, mask=token < num_tokens)
 
 
 @triton.jit
@@ -90,10 +90,10 @@ def _compact_ngrams_kernel(
     tl.store(new_ids_ptr + number, tl.load(ids_ptr + lane, mask=kept, other=0), mask=kept)
     tl.store(new_offsets_ptr + number, edge, mask=kept)
     start = tl.load(offsets_ptr + lane, mask=kept, other=0).to(tl.int64)
-    end = tl.load(offsets_ptr + lane + 1, mask=kept, other=0).to(tl.int64)
+    end = tl.load(offsets_ptr + (lane + 1), mask=kept, other=0).to(tl.int64)
     for k in range(tl.max(end - start)):
         inside = start + k < end
-        tl.store(new_tokens_ptr + edge + k, tl.load(tokens_ptr + start + k, mask=inside, other=0), mask=inside)
+        tl.store(new_tokens_ptr + (edge + k), tl.load(tokens_ptr + (start + k), mask=inside, other=0), mask=inside)
 
 
 @triton.jit
@@ -106,10 +106,10 @@ def _compact_tokens_kernel(
     tl.store(new_ngrams_ptr + lane, tl.zeros_like(lane), mask=(lane >= num_kept_edges) & (lane < num_edges))
     exists = lane < num_tokens
     start = tl.load(offsets_ptr + lane, mask=exists, other=0).to(tl.int64)
-    end = tl.load(offsets_ptr + lane + 1, mask=exists, other=0).to(tl.int64)
+    end = tl.load(offsets_ptr + (lane + 1), mask=exists, other=0).to(tl.int64)
     new_edge = tl.load(new_offsets_ptr + lane, mask=exists, other=0).to(tl.int64)
     for k in range(tl.max(end - start)):
-        ngram = tl.load(ngrams_ptr + start + k, mask=start + k < end, other=0).to(tl.int64)
+        ngram = tl.load(ngrams_ptr + (start + k), mask=start + k < end, other=0).to(tl.int64)
         kept = tl.load(kept_ptr + ngram, mask=start + k < end, other=0) != 0
         number = tl.load(scan_ptr + ngram, mask=kept, other=0) >> HALF
         tl.store(new_ngrams_ptr + new_edge, number, mask=kept)

@@ -11,6 +11,7 @@ from dnazen_kernels.ngram_matching.table import FREE, HASH_MULTIPLIER, LENGTH_SH
 
 BLOCK = 256  # positions per program
 NUM_LENGTHS = MAX_LENGTH - MIN_LENGTH + 1
+CONSTANTS = {"LENGTH_SHIFT": LENGTH_SHIFT, "HASH_MULTIPLIER": HASH_MULTIPLIER, "FREE": FREE}
 NONE = 2**63 - 1  # sorts behind every G-gram
 
 
@@ -26,7 +27,7 @@ def _look_up_kernel(
     valid = tokens >> bits == 0
     lengths = tl.zeros_like(position)
     for length in tl.static_range(2, 6):
-        token = tl.load(tokens_ptr + position + (length - 1), mask=room >= length, other=0).to(tl.int64)
+        token = tl.load(tokens_ptr + (position + length - 1), mask=room >= length, other=0).to(tl.int64)
         valid &= token >> bits == 0
         tokens = tokens << bits | token
         if length == 2:
@@ -41,7 +42,7 @@ def _look_up_kernel(
             found = tl.where(pending & (entry == key), slot, found)
             pending &= (entry != key) & (entry != FREE)
             slot += 1
-        tl.store(slots_ptr + position * 4 + (length - 2), found, mask=position < num_positions)
+        tl.store(slots_ptr + (position * 4 + length - 2), found, mask=position < num_positions)
 
 
 def match_ngrams(
@@ -67,7 +68,7 @@ def match_ngrams(
     slots = torch.empty(len(cells), dtype=torch.int64, device=input_ids.device)
     _look_up_kernel[(triton.cdiv(len(positions), BLOCK),)](
         input_ids.contiguous(), ends, prefilter, keys, slots, len(positions), len(prefilter), bits, hash_bits,
-        LENGTH_SHIFT, HASH_MULTIPLIER, FREE, BLOCK,
+        **CONSTANTS, BLOCK=BLOCK,
     )  # fmt: skip
 
     # The occurrences of one G-gram in one sequence are one; G-grams are in order of their first occurrence.

@@ -54,6 +54,14 @@ def test_offsets_are_int64(compiled):
         assert products and set(products) == {"i64"}, name
 
 
+def test_addresses_of_masking_and_matching_are_int64(compiled):
+    kernels = {name: kernel for name, kernel in compiled.items() if name not in of_fusion(compiled)}
+    assert len(kernels) == 7 * 3
+    for name, kernel in kernels.items():
+        offsets = re.findall(r"tt\.addptr .*, tensor<\d+x(\w+)>", kernel["ttir"])
+        assert offsets and set(offsets) == {"i64"}, name
+
+
 def test_backward_s_programs_are_all_resident(compiled):
     from dnazen_kernels.ngram_fusion.triton_impl import WARPS_PER_SM
 
