@@ -20,8 +20,8 @@ from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
-# Compute capability -> bytes of shared memory per multiprocessor; all three hold 64 warps, 65536 registers and 32 thread
-# blocks (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+# Compute capability -> bytes of shared memory per multiprocessor; all three hold 64 warps, 65536 registers and 32
+# thread blocks (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 MAX_WARPS, MAX_REGISTERS, MAX_BLOCKS = 64, 65536, 32
 REGISTER_UNIT, WARP_UNIT, RESERVED_SHARED = 256, 4, 1024  # registers go to warps, and warps to blocks, in such units

@@ -47,7 +47,7 @@ def ngram_fusion(
     """
     csr = (token_offsets, token_ngrams, ngram_offsets, ngram_tokens)
     if not torch.compiler.is_compiling():
-        _check_rows(hidden_states.shape[-1], hidden_states=hidden_states)
+        _check_states("hidden_states", hidden_states, "rows", hidden_states.shape[-1])
         _check_ngrams(hidden_states, ngram_hidden_states, *csr)
     if resolve_impl(impl, hidden_states.device) == "reference":
         return ngram_fusion_index_add(hidden_states, ngram_hidden_states, token_offsets, token_ngrams)
@@ -77,7 +77,8 @@ def residual_layer_norm(
         x, residual: `[T, H]`, floating point.
         weight, bias: `[H]`, floating point of any dtype.
         eps: added to the variance, in fp32.
-        ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens: as in `ngram_fusion`; all or none.
+        ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens: as in `ngram_fusion`; all or
+            none.
         impl: as in `ngram_fusion`; the reference is `F.layer_norm`, then `index_add`.
 
     Returns:
@@ -88,11 +89,10 @@ def residual_layer_norm(
     """
     ngrams = (ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens)
     if not torch.compiler.is_compiling():
-        _check_parameters(weight=weight, bias=bias)
-        _check_rows(len(weight), x=x, residual=residual)
-        for name, tensor, shape in (("residual", residual, x.shape), ("bias", bias, weight.shape)):
-            if tensor.shape != shape:
-                raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        _check_states("weight", weight, "H")
+        _check_states("bias", bias, len(weight))
+        _check_states("x", x, "rows", len(weight))
+        _check_states("residual", residual, len(x), len(weight))
         if any(tensor is None for tensor in ngrams) != all(tensor is None for tensor in ngrams):
             raise ValueError("ngram_hidden_states and the four CSR tensors must be given all or none, got some of them")
         if ngram_hidden_states is not None:
@@ -197,26 +197,18 @@ def _(grad, x, residual, weight, mean, rstd):
     return torch.empty_like(grad, memory_format=torch.contiguous_format), mean.new_empty(2, x.shape[1])
 
 
-def _check_parameters(**tensors: Tensor) -> None:
-    for name, parameter in tensors.items():
-        if not parameter.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {parameter.dtype}")
-        if parameter.dim() != 1:
-            raise ValueError(f"{name} must have shape [H], got {list(parameter.shape)}")
-
-
-def _check_rows(hidden_size: int, **tensors: Tensor) -> None:
-    for name, states in tensors.items():
-        if not states.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {states.dtype}")
-        if states.dim() != 2 or states.shape[1] != hidden_size:
-            raise ValueError(f"{name} must have shape [rows, {hidden_size}], got {list(states.shape)}")
+def _check_states(name: str, tensor: Tensor, *shape: int | str) -> None:
+    """Floating point, and of that shape; a size that is only a word may be any."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if tensor.dim() != len(shape) or any(size not in (found, str(size)) for size, found in zip(shape, tensor.shape)):
+        raise ValueError(f"{name} must have shape [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
 
 
 def _check_ngrams(
     hidden_states, ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens
 ) -> None:
-    _check_rows(hidden_states.shape[1], ngram_hidden_states=ngram_hidden_states)
+    _check_states("ngram_hidden_states", ngram_hidden_states, "rows", hidden_states.shape[1])
     for name, tensor, size in (
         ("token_offsets", token_offsets, len(hidden_states) + 1),
         ("token_ngrams", token_ngrams, token_ngrams.numel()),

@@ -1,6 +1,7 @@
 """Triton kernels of the fusion: a row is summed up by one program in a fixed order, so no atomics and the same bits.
 
-`H` is a compile-time constant: the masks of whole vectors fold away, and 16-byte loads need no check of alignment.
+`H` is a compile-time constant: where it is a multiple of 256 per warp the masks fold away, and where it is one of 8 rows
+are known to be aligned, so that loads take 16 bytes.
 Offsets of rows are int64; sums are in `ACC`, fp32, or fp64 for fp64 tensors.
 """
 
@@ -10,7 +11,7 @@ import triton.language as tl
 from dnazen_kernels.ngram_fusion.reference import accumulation_dtype
 
 EDGES_AT_ONCE = tl.constexpr(4)  # unrolled, so that several rows are on their way at the same time
-WARPS_PER_SM = 8  # of the backward: all resident at once (its registers allow no more than 8 to 12, see README.md)
+WARPS_PER_SM = 8  # of the backward, all resident at once: its registers allow 8 to 12 (README.md)
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def _residual_layer_norm_backward_kernel(
 
 
 def row_constants(hidden_size: int, accumulation: torch.dtype) -> dict:
-    """Compile-time constants; a warp holds up to 1024 columns in registers, and 768, 1024 or 1536 fill whole vectors."""
+    """Compile-time constants; each warp holds up to 1024 columns in registers."""
     block = triton.next_power_of_2(hidden_size)
     acc = tl.float64 if accumulation == torch.float64 else tl.float32
     return dict(H=hidden_size, BLOCK_H=block, ACC=acc, num_warps=min(max(block // 1024, 1), 16))

@@ -36,7 +36,7 @@ def train(model, batch, impl, dtype, autocast=False):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_training_through_kernels_is_as_exact_as_through_pytorch(run, config, make_batch, device):
-    """Against fp64, each of a few steps on: at most twice the error of plain PyTorch in the same dtype, plus a budget."""
+    """Against fp64: at most twice the error of plain PyTorch in the same dtype, plus a budget."""
     batch = make_batch([8, 3, 6], [3, 0, 2])
     batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
     model = DNAZenForMaskedLM(config).to(device)

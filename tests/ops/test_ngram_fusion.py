@@ -19,7 +19,9 @@ CASES = [
     (dtype, HIDDEN_SIZES[(d + e) % 4], edges, LAYOUTS[(d // 2 + e) % 2])
     for (d, dtype), (e, edges) in itertools.product(enumerate(DTYPES), enumerate(EDGES))
 ]
-over_cases = pytest.mark.parametrize("dtype, hidden_size, edges, layout", CASES, ids=lambda value: str(value).split(".")[-1])
+over_cases = pytest.mark.parametrize(
+    "dtype, hidden_size, edges, layout", CASES, ids=lambda value: str(value).removeprefix("torch.")
+)
 NUM_TOKENS = 37  # no multiple of a block, of the unrolled edges, or of the backward's programs
 EPS = 0.5  # large enough to matter against a variance of about 2
 
@@ -113,7 +115,8 @@ def test_ngram_fusion(dtype, hidden_size, edges, layout, impl, device, poisoned_
     *inputs, grad = (randn(*shape, dtype=dtype, device=device, layout=layout) for shape in shapes)
     csr = make_csr(matrix, torch.int64 if layout == "sliced" else torch.int32, device, 5 * (edges == "unused"))
     dense = matrix.double().to(device)[None]
-    truth = run(lambda h, g: ngram_fusion_dense(h[None], g[None], dense)[0], [x.double() for x in inputs], grad.double())
+    exact = [x.double() for x in inputs]
+    truth = run(lambda h, g: ngram_fusion_dense(h[None], g[None], dense)[0], exact, grad.double())
     ours = run(lambda h, g: ngram_fusion(h, g, *csr, impl=impl), inputs, grad)
     # A row sums at most 38 numbers, each addition off by half an eps of a partial sum, and the partial sums are no
     # larger than the sum of absolute values (below 38 * 5 here); at the end one rounding to the tensor's own type.
@@ -190,7 +193,8 @@ def test_mixed_dtypes(dtypes, device, poisoned_memory):
         grad.double(),
     )
     reference, ours = (
-        run(lambda h, g: ngram_fusion(h, g, *csr, impl=impl), [hidden, ngrams], grad) for impl in ("reference", "triton")
+        run(lambda h, g: ngram_fusion(h, g, *csr, impl=impl), [hidden, ngrams], grad)
+        for impl in ("reference", "triton")
     )
     assert_close_to_truth(("output", "grad_hidden", "grad_ngram"), truth, ours, (NUM_TOKENS,), eager=reference)
 
@@ -233,9 +237,8 @@ def test_no_tokens(impl, device):
     empty = torch.zeros(0, 8, device=device)
     assert ngram_fusion(empty, empty, *csr, impl=impl).shape == (0, 8)
     parameters = [torch.ones(8, device=device), torch.ones(8, device=device)]
-    output, *gradients = run(
-        lambda x, r, w, b: residual_layer_norm(x, r, w, b, EPS, empty, *csr, impl=impl), [empty, empty, *parameters], empty
-    )
+    inputs = [empty, empty, *parameters]
+    output, *gradients = run(lambda *args: residual_layer_norm(*args, EPS, empty, *csr, impl=impl), inputs, empty)
     assert output.shape == (0, 8)
     assert not any(gradient.any() for gradient in gradients)
 
@@ -248,8 +251,9 @@ def test_gradcheck(impl, device):
         randn(*shape, dtype=torch.float64, device=device).requires_grad_() for shape in shapes
     )
     assert torch.autograd.gradcheck(lambda h, g: ngram_fusion(h, g, *csr, impl=impl), (x, ngrams))
+    inputs = (x, residual, weight, bias, ngrams)
     assert torch.autograd.gradcheck(
-        lambda x, r, w, b, g: residual_layer_norm(x, r, w, b, EPS, g, *csr, impl=impl), (x, residual, weight, bias, ngrams)
+        lambda x, r, w, b, g: residual_layer_norm(x, r, w, b, EPS, g, *csr, impl=impl), inputs
     )
 
 
@@ -277,9 +281,10 @@ def operator_arguments(device):
         for shape in ((5, 8), (5, 8), (8,), (8,), (3, 8))
     )
     rows = [torch.ones(5, device=device) for _ in range(2)]
+    norm = (x, residual, weight, bias, EPS)
     return {
         "ngram_fusion": [(x, ngrams, *csr), (None, ngrams, *csr)],
-        "residual_layer_norm": [(x, residual, weight, bias, EPS, ngrams, *csr), (x, residual, weight, bias, EPS, *[None] * 5)],
+        "residual_layer_norm": [(*norm, ngrams, *csr), (*norm, *[None] * 5)],
         "residual_layer_norm_backward": [tuple(t.detach() for t in (x, x, residual, weight, *rows))],
     }  # fmt: skip
 
