@@ -62,10 +62,10 @@ def ngram_masking(
     0.8 become [MASK], those below 0.9 an entry of `ordinary_ids` chosen by `random[:, 2]`, and the rest stay.
 
     All implementations return the same integers. The shapes follow from those of the inputs alone, so "triton" never
-    waits for the device and a captured or compiled step can hold it: 6 kernels and 2 scans (4 and 2 unless
-    `whole_ngram`), and around them about ten elementwise operations that a compiler can fuse. A trainer on a GPU would hand
-    over token ids and random numbers, match with a fixed capacity, mask, and feed the padded G-grams to the model as
-    they are: those behind the survivors lie behind the last sequence and have no edges, so they reach no token.
+    waits for the device and a captured or compiled step can hold it. It launches 6 kernels and 2 scans (4, 2 and a copy
+    unless `whole_ngram`), and around them 11 elementwise operations that a compiler can fuse. A trainer on a GPU would
+    hand over token ids and random numbers, match with a fixed capacity, mask, and feed the padded G-grams to the model
+    as they are: those behind the survivors lie behind the last sequence and have no edges, so they reach no token.
 
     Args:
         input_ids: `[T]` integers.

@@ -20,15 +20,14 @@ def mask_ngrams(
     ngram_input_ids, ngram_offsets = ngram_input_ids[:num_ngrams], ngram_offsets[: num_ngrams + 1]
     token_ngrams, ngram_tokens = token_ngrams[:num_edges], ngram_tokens[:num_edges]
 
-    masked = drawn.clone()
+    masked, ngram_sizes = drawn.clone(), ngram_offsets.diff()
     if whole_ngram:
         hit = _any_in_row(drawn[ngram_tokens], ngram_offsets)
-        masked |= _any_in_row(hit[token_ngrams], token_offsets)
+        masked[ngram_tokens[hit.repeat_interleave(ngram_sizes, output_size=num_edges)]] = True
     kept = ~_any_in_row(masked[ngram_tokens], ngram_offsets)
 
     new_number = _running_count(kept)  # [N + 1]
     token_edge_kept = kept[token_ngrams]
-    ngram_sizes = ngram_offsets.diff()
     ngram_edge_kept = kept.repeat_interleave(ngram_sizes, output_size=num_edges)
     new_offsets = _running_count(ngram_sizes[kept])
     num_kept, num_kept_edges = len(new_offsets) - 1, int(new_offsets[-1])

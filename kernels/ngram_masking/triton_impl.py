@@ -137,11 +137,12 @@ def mask_ngrams(
     def grid(num_rows: int) -> tuple[int]:
         return (max(1, triton.cdiv(num_rows, BLOCK)),)
 
-    masked = drawn.clone()
     if whole_ngram:
-        hit = drawn.new_empty(num_ngrams)
+        hit, masked = drawn.new_empty(num_ngrams), torch.empty_like(drawn)
         _any_kernel[grid(num_ngrams)](None, drawn, *by_ngram, hit, num_ngrams, BLOCK)
         _any_kernel[grid(num_tokens)](drawn, hit, *by_token, masked, num_tokens, BLOCK)
+    else:
+        masked = drawn.clone()  # operators must not return their inputs
 
     kept, scan = drawn.new_empty(num_ngrams), ids.new_empty(num_ngrams + 1, dtype=torch.int64)
     _survivors_kernel[grid(num_ngrams + 1)](masked, *by_ngram, cu_seqlens, kept, scan, num_ngrams, num_sequences, BLOCK)
