@@ -185,6 +185,13 @@ def test_what_is_cut_is_counted(device, poisoned_memory, max_ngrams, capacity, c
     assert match_slowly(sequences, vocabulary, max_ngrams, capacity)["counts"] == counts
 
 
+def test_token_id_0_is_a_token(device):
+    """And no stand-in for what is behind a sequence's end."""
+    vocabulary = {(7, 0): 1, (0, 0, 0): 2, (0, 7, 0, 0): 3}
+    found = check([[7], [0, 7], [0, 0], [7, 0], [0, 0, 0], [0, 7]], vocabulary, 16, device)
+    assert found["ngram_input_ids"] == [1, 2]
+
+
 def test_self_overlap_is_one_ngram(device):
     found = check([[7, 7, 7, 7, 9, 7, 7]], {(7, 7): 3}, 16, device)
     assert found["ngram_input_ids"] == [3] and found["ngram_tokens"] == [0, 1, 2, 3, 5, 6]
