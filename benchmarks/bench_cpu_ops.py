@@ -4,8 +4,8 @@
 
 Checks first that both give the same integers, then times both in the same run and prints tokens per second and their
 ratio. The tokens and the vocabulary are yeast's where its genome and DNABERT-2's tokenizer lie in `../shared/data`, else
-made up with yeast's density of G-grams. Fails below the floor of 3 M tokens/s and, for a batch as a GPU takes it, 25 times
-plain Python; in a batch of 8,000 tokens the fixed cost of some hundred array operations is half the time.
+made up with yeast's density of G-grams. Fails below the floor of 3 M tokens/s and, for a batch as a GPU takes it, 25
+times plain Python; in a batch of 8,000 tokens the fixed cost of some hundred array operations is half the time.
 """
 
 import timeit
@@ -92,7 +92,7 @@ def test_matching_and_masking(benchmark, capsys, corpus, num_sequences, min_rati
     num_ngrams = len(ngram_matching(tokens, cu_seqlens, table).ngram_input_ids)
     with capsys.disabled():
         print(
-            f"\n{source}, {len(tokens):,} tokens, {num_ngrams / len(tokens):.3f} G-grams per token: "
-            f"{speed / 1e6:.1f} M tokens/s, plain Python {plain_speed / 1e6:.3f} M tokens/s, {speed / plain_speed:.0f} times"
+            f"\n{source}, {len(tokens):,} tokens, {num_ngrams / len(tokens):.3f} G-grams per token: {speed / 1e6:.1f} M "
+            f"tokens/s, plain Python {plain_speed / 1e6:.3f} M tokens/s, {speed / plain_speed:.0f} times"
         )
     assert speed >= MIN_TOKENS_PER_SECOND and speed >= min_ratio * plain_speed

@@ -68,8 +68,8 @@ def _token_counts_kernel(kept_ptr, token_offsets_ptr, token_ngrams_ptr, counts_p
 
 @triton.jit
 def _compact_ngrams_kernel(
-    kept_ptr, scan_ptr, ids_ptr, cu_seqlens_ptr, offsets_ptr, tokens_ptr, new_ids_ptr, new_cu_seqlens_ptr, new_offsets_ptr,
-    new_tokens_ptr, counts_ptr, num_ngrams, num_sequences, num_edges, BLOCK: tl.constexpr,
+    kept_ptr, scan_ptr, ids_ptr, cu_seqlens_ptr, offsets_ptr, tokens_ptr, new_ids_ptr, new_cu_seqlens_ptr,
+    new_offsets_ptr, new_tokens_ptr, counts_ptr, num_ngrams, num_sequences, num_edges, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Survivors and their edges to the front, the defined tail behind them; the same lanes do both."""
     lane = _block(BLOCK)
@@ -98,8 +98,9 @@ def _compact_ngrams_kernel(
 
 @triton.jit
 def _compact_tokens_kernel(
-    kept_ptr, scan_ptr, offsets_ptr, ngrams_ptr, new_offsets_ptr, new_ngrams_ptr, num_tokens, num_edges, BLOCK: tl.constexpr
-):
+    kept_ptr, scan_ptr, offsets_ptr, ngrams_ptr, new_offsets_ptr, new_ngrams_ptr, num_tokens, num_edges,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """The edges of each token that lead to survivors, with the survivors' new numbers."""
     lane = _block(BLOCK)
     num_kept_edges = tl.load(new_offsets_ptr + num_tokens)
