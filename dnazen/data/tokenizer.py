@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -74,6 +75,7 @@ def train_tokenizer(sequences: Iterable[str], vocab_size: int = MAX_VOCAB_SIZE) 
         special_tokens=list(SPECIAL_TOKENS.values()),
         initial_alphabet=list(_BASES),
         max_token_length=_MAX_TOKEN_BASES,
+        show_progress=sys.stdout.isatty(),  # elsewhere it prints empty lines
     )
     backend.train_from_iterator(words, trainer)
     backend.post_processor = processors.TemplateProcessing(
