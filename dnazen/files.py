@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 logger = logging.getLogger(__name__)
 
 
@@ -70,7 +72,7 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     host = socket.gethostname()
     for leftover in path.parent.glob(".*.tmp"):
         match = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)@{re.escape(host)}\.tmp", leftover.name)
-        if match and not _is_running(int(match[1])):
+        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
             logger.warning("removing %s: the process that wrote it was killed", leftover)
             shutil.rmtree(leftover)
     temporary = path.parent / f".{path.name}.{os.getpid()}@{host}.tmp"
@@ -80,16 +82,3 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    """Whether another process has this number."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it is another user's
-    return True

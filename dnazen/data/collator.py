@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch
 from dnazen.data.shards import TokenSplit
 from dnazen.ngram.vocab import NgramVocabulary
-from dnazen_kernels.ngram_masking import MaskedBatch, ngram_masking
+from dnazen_kernels.ngram_masking import ngram_masking
 from dnazen_kernels.ngram_matching import ngram_matching
 
 
@@ -89,24 +89,21 @@ class PackedCollator:
                 masking_uniforms(self.masking.seed, epoch, int(sequence), int(length))
                 for sequence, length in zip(sequence_ids, lengths, strict=True)
             ]
-            batch = self._mask(torch.from_numpy(ordinary), torch.from_numpy(np.concatenate(random)), batch)._asdict()
+            batch = ngram_masking(
+                ordinary=torch.from_numpy(ordinary),
+                random=torch.from_numpy(np.concatenate(random)),
+                **batch,
+                mlm_probability=self.masking.mlm_probability,
+                mask_token_id=self.mask_token_id,
+                ordinary_ids=self.ordinary_ids,
+                whole_ngram=self.masking.whole_ngram,
+            )._asdict()
         if not self.use_ngrams:
             batch = without_ngrams(batch)
         batch["cu_seqlens"] = torch.from_numpy(cu_seqlens)
         batch["max_seqlen"] = int(lengths.max(initial=0))
         batch["max_ngrams"] = int(batch["ngram_cu_seqlens"].diff().max())
         return batch
-
-    def _mask(self, ordinary: torch.Tensor, random: torch.Tensor, batch: dict[str, torch.Tensor]) -> MaskedBatch:
-        return ngram_masking(
-            ordinary=ordinary,
-            random=random,
-            **batch,
-            mlm_probability=self.masking.mlm_probability,
-            mask_token_id=self.mask_token_id,
-            ordinary_ids=self.ordinary_ids,
-            whole_ngram=self.masking.whole_ngram,
-        )
 
 
 def without_ngrams(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

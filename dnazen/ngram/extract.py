@@ -143,36 +143,31 @@ def find_pieces(linked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def build_ngrams(corpus: Any, output_dir: str | PathLike, **parameters: Any) -> dict[str, Any]:
     """Extract the G-grams of a corpus' training split and write `ngram.json`, `ngrams.tsv` and `manifest.json`.
 
-    Args:
-        corpus: a `dnazen.data.shards.Corpus`.
-        parameters: of `extract_ngrams`.
-
-    Returns:
-        The manifest.
+    `corpus` is a `dnazen.data.shards.Corpus`; `parameters` are those of `extract_ngrams`. Returns the manifest.
 
     Raises:
-        InputError: no G-gram passes the thresholds; `output_dir` is taken; see `extract_ngrams`.
+        InputError: `output_dir` is taken; no G-gram passes the thresholds; see `extract_ngrams`.
     """
     start = time.perf_counter()
     tokenizer = corpus.tokenizer
     parameters = {**extract_ngrams.__kwdefaults__, **parameters}
-    extraction = extract_ngrams(corpus.train.shards, vocab_size=len(tokenizer), **parameters)
-    seconds = round(time.perf_counter() - start, 3)
-    if not extraction.ngrams:
-        thresholds = "--min-pair-count {min_pair_count} --min-count {min_count} --min-pmi {min_pmi}".format(**parameters)
-        raise InputError(
-            f"{corpus.path}: none of {extraction.num_candidates:,} candidates from {extraction.num_tokens:,} tokens is "
-            "a G-gram. In a small genome a pair of tokens is seldom seen: lower a threshold of `dnazen ngrams` (now "
-            f"{thresholds}), or make pairs more frequent with fewer tokens (`dnazen tokenizer --vocab-size 256`)"
-        )
-    statistics = asdict(extraction)
-    ngrams, counts, pmis = (statistics.pop(name) for name in ("ngrams", "counts", "pmis"))
-    lengths = [len(ngram) for ngram in ngrams]
-    statistics["num_ngrams"] = len(ngrams)
-    statistics["num_ngrams_by_length"] = {n: lengths.count(n) for n in sorted(set(lengths))}
-    vocabulary = NgramVocabulary(ngrams, list(range(1, len(ngrams) + 1)))
-    statistics["ngrams_per_sequence"], statistics["covered_tokens"] = measure_density(vocabulary, corpus)
     with atomic_directory(output_dir) as directory:
+        extraction = extract_ngrams(corpus.train.shards, vocab_size=len(tokenizer), **parameters)
+        seconds = round(time.perf_counter() - start, 3)
+        statistics = asdict(extraction)
+        ngrams, counts, pmis = (statistics.pop(name) for name in ("ngrams", "counts", "pmis"))
+        if not ngrams:
+            now = "--min-pair-count {min_pair_count} --min-count {min_count} --min-pmi {min_pmi}".format(**parameters)
+            raise InputError(
+                f"{corpus.path}: none of {extraction.num_candidates:,} candidates from {extraction.num_tokens:,} tokens "
+                "is a G-gram. In a small genome a pair of tokens is seldom seen: lower a threshold of `dnazen ngrams` "
+                f"(now {now}), or make pairs more frequent with fewer tokens (`dnazen tokenizer --vocab-size 256`)"
+            )
+        lengths = [len(ngram) for ngram in ngrams]
+        statistics["num_ngrams"] = len(ngrams)
+        statistics["num_ngrams_by_length"] = {n: lengths.count(n) for n in sorted(set(lengths))}
+        vocabulary = NgramVocabulary(ngrams, list(range(1, len(ngrams) + 1)))
+        statistics["ngrams_per_sequence"], statistics["covered_tokens"] = measure_density(vocabulary, corpus)
         vocabulary.save_pretrained(directory, tokenizer)
         with open(directory / "ngrams.tsv", "w") as file:
             file.write("id\ttokens\tbases\tlength\tcount\tpmi\n")
