@@ -159,8 +159,8 @@ def build_ngrams(corpus: Any, output_dir: str | PathLike, **parameters: Any) -> 
         if not ngrams:
             now = "--min-pair-count {min_pair_count} --min-count {min_count} --min-pmi {min_pmi}".format(**parameters)
             raise InputError(
-                f"{corpus.path}: none of {extraction.num_candidates:,} candidates from {extraction.num_tokens:,} tokens "
-                "is a G-gram. In a small genome a pair of tokens is seldom seen: lower a threshold of `dnazen ngrams` "
+                f"{corpus.path}: none of {extraction.num_candidates:,} candidates from {extraction.num_tokens:,} tokens"
+                " is a G-gram. In a small genome a pair of tokens is seldom seen: lower a threshold of `dnazen ngrams` "
                 f"(now {now}), or make pairs more frequent with fewer tokens (`dnazen tokenizer --vocab-size 256`)"
             )
         lengths = [len(ngram) for ngram in ngrams]
