@@ -1,4 +1,4 @@
-# Each target sets up all it needs: a virtual environment in .venv, wheels only.
+# Each target sets up all it needs in a virtual environment, .venv.
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --prefer-binary --constraint constraints.txt
 

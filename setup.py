@@ -26,6 +26,7 @@ setup(
         "safetensors>=0.5",
         "dnaio>=1.2",
         "matplotlib>=3.8",
+        "psutil>=5.9",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -2,8 +2,8 @@
 
     python -m benchmarks.yeast --fasta sacCer3.fa.gz --tokenizer DIR --output-dir DIR
 
-Runs the four commands as a user would (200 steps of `tiny` on 2 processes), then 600 steps of each of four variants with
-three seeds, on a corpus with 5 % held out, all evaluated under the same masking of the held-out part. Writes
+Runs the four commands as a user would (200 steps of `tiny` on 2 processes), then 600 steps of each of four variants
+with three seeds, on a corpus with 5 % held out, all evaluated under the same masking of the held-out part. Writes
 `benchmarks/results/yeast-<device>.json` and prints the tables. For two CPU cores: about 25 minutes.
 """
 
@@ -42,6 +42,14 @@ def pretrain(launcher: list[object], corpus: Path, ngrams: Path, output_dir: Pat
     flags = [word for name, value in arguments.items() for word in (f"--{name}", value)]
     line = [*launcher, ROOT / "dnazen/pretrain.py", "--deepspeed", ROOT / "ds_configs/zero2.json"]
     return call(*line, "--corpus", corpus, "--ngrams", ngrams, "--output_dir", output_dir, "--disable_tqdm", True, *flags)
+
+
+def processor() -> str:
+    """The processor's name, where Linux gives it, or its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def main() -> None:
@@ -83,7 +91,7 @@ def main() -> None:
         rows[variant]["effective_mask_rate"] = [report["effective_mask_rate"] for report in reports]
     extraction = json.loads((ngrams / "manifest.json").read_text())
     result = {
-        "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "device": f"{processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")},
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),

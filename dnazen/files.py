@@ -3,11 +3,18 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+logger = logging.getLogger(__name__)
 
 
 class InputError(ValueError):
@@ -52,6 +59,8 @@ def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; rename it to `path` when the block ends without an error.
 
+    What a killed process of this machine left of an earlier try is removed, with a warning.
+
     Raises:
         InputError: `path` already exists and is not an empty directory; nothing in it is touched.
     """
@@ -59,8 +68,14 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: already exists; choose another directory or remove this one")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    # the host's name, because other machines may share the disk and have processes of the same number
+    host = socket.gethostname()
+    for leftover in path.parent.glob(".*.tmp"):
+        match = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)@{re.escape(host)}\.tmp", leftover.name)
+        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+            logger.warning("removing %s: the process that wrote it was killed", leftover)
+            shutil.rmtree(leftover)
+    temporary = path.parent / f".{path.name}.{os.getpid()}@{host}.tmp"
     temporary.mkdir()
     try:
         yield temporary

@@ -1,34 +1,91 @@
-"""The `dnazen` command."""
+"""The `dnazen` command: from FASTA files to a tokenizer, a corpus and its G-grams."""
 
 import argparse
+import csv
+import itertools
 import logging
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from dnazen import __version__
-from dnazen.cli import corpus, ngrams, tokenizer
+from dnazen.data import shards
+from dnazen.data.tokenizer import MAX_VOCAB_SIZE, build_tokenizer, load_tokenizer
 from dnazen.files import InputError
-
-COMMANDS = (tokenizer, corpus, ngrams)
+from dnazen.ngram import extract
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 1, with one line on stderr, when the input or the disk is at fault."""
+    args = vars(_make_parser().parse_args(argv))
+    run, output_dir = args.pop("run"), args["output_dir"]
+    logging.basicConfig(format="dnazen: %(levelname)s: %(message)s", stream=sys.stderr)
+    start = time.perf_counter()
+    try:
+        run(**args)
+    except (InputError, OSError) as error:
+        # A full disk names no file.
+        place = f"{output_dir}: " if isinstance(error, OSError) and error.filename is None else ""
+        print(f"dnazen: error: {place}{error}", file=sys.stderr)
+        return 1
+    print(f"written to  {output_dir} in {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dnazen", description="DNA language models over BPE tokens and G-grams.")
     parser.add_argument("--version", action="version", version=f"dnazen {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    for command in COMMANDS:
-        command.add_parser(subparsers)
-    args = parser.parse_args(argv)
-    logging.basicConfig(format="dnazen: %(levelname)s: %(message)s", stream=sys.stderr)
-    try:
-        args.run(args)
-    except (InputError, OSError) as error:
-        # A full disk names no file.
-        place = f"{args.output_dir}: " if isinstance(error, OSError) and error.filename is None else ""
-        print(f"dnazen: error: {place}{error}", file=sys.stderr)
-        return 1
-    return 0
+
+    def add_command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+        command = subparsers.add_parser(name, help=text, description=text)
+        command.add_argument("--output-dir", required=True, metavar="DIR", help="where to write it; must not exist yet")
+        command.set_defaults(run=run)
+        return command
+
+    command = add_command("tokenizer", _tokenizer, "train a BPE tokenizer on FASTA files")
+    command.add_argument("--fasta", nargs="+", required=True, metavar="FILE", help="FASTA, plain or compressed")
+    command.add_argument("--vocab-size", type=int, default=MAX_VOCAB_SIZE, help="special tokens included (%(default)s)")
+
+    command = add_command("corpus", _corpus, "clean and tokenize FASTA files into a corpus on disk")
+    command.add_argument("--fasta", nargs="+", required=True, metavar="FILE", help="FASTA, plain or compressed")
+    command.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.json")
+    command.add_argument("--max-tokens", type=int, default=510, help="tokens of a sequence at most (%(default)s)")
+    command.add_argument("--min-length", type=int, default=64, help="drop pieces of fewer bases (%(default)s)")
+    command.add_argument("--reverse-complement", action="store_true", help="add the other strand of every piece")
+    command.add_argument("--validation-fraction", type=float, default=0.01, help="pieces held out (%(default)s)")
+    command.add_argument("--num-workers", type=int, help="threads (every core)")
+
+    command = add_command("ngrams", _ngrams, "extract the G-gram vocabulary of a corpus")
+    command.add_argument("--corpus", required=True, metavar="DIR", help="folder written by `dnazen corpus`")
+    command.add_argument("--min-pmi", type=float, default=2.0, help="bits; pairs below are cut apart (%(default)s)")
+    command.add_argument("--min-count", type=int, default=5, help="drop G-grams that occur less often (%(default)s)")
+    command.add_argument("--min-pair-count", type=int, default=5, help="rarer pairs are cut apart (%(default)s)")
+    command.add_argument("--min-len", type=int, default=2, help="tokens of a G-gram at least (%(default)s)")
+    command.add_argument("--max-len", type=int, default=5, help="tokens of a G-gram at most (%(default)s)")
+    command.add_argument("--long-pieces", choices=("drop", "split"), default="drop", help="longer runs (%(default)s)")
+    command.add_argument("--num-workers", type=int, default=1, help="processes; same result (%(default)s)")
+    return parser
+
+
+def _tokenizer(fasta: list[str], output_dir: str, vocab_size: int) -> None:
+    tokenizer = build_tokenizer(fasta, output_dir, vocab_size)
+    tokens = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens), key=len)
+    print(f"tokens      {len(tokenizer):,} of {vocab_size:,} asked for, special ones included")
+    print(f"bases       {sum(map(len, tokens)) / len(tokens):.2f} a token on average, {len(tokens[-1])} at most")
+
+
+def _corpus(fasta: list[str], tokenizer: str, output_dir: str, **parameters: int | float | bool | None) -> None:
+    print(shards.summarize(shards.build_corpus(fasta, load_tokenizer(tokenizer), output_dir, **parameters)))
+
+
+def _ngrams(corpus: str, output_dir: str, **parameters: int | float | str) -> None:
+    print(extract.summarize(extract.build_ngrams(shards.Corpus.open(corpus), output_dir, **parameters)))
+    print("most frequent: count, PMI of the weakest pair in bits, tokens")
+    with open(Path(output_dir) / "ngrams.tsv") as file:
+        for row in itertools.islice(csv.DictReader(file, delimiter="\t"), 10):
+            print(f"{int(row['count']):>10,} {float(row['pmi']):6.2f}  {row['tokens']}")
 
 
 if __name__ == "__main__":

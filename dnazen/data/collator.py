@@ -91,27 +91,23 @@ class PackedCollator:
                 masking_uniforms(self.masking.seed, epoch, int(sequence), int(length))
                 for sequence, length in zip(sequence_ids, lengths, strict=True)
             ]
-            batch = self._mask(torch.from_numpy(ordinary), torch.from_numpy(np.concatenate(random)), batch)
+            masked = ngram_masking(
+                ordinary=torch.from_numpy(ordinary),
+                random=torch.from_numpy(np.concatenate(random)),
+                **batch,
+                mlm_probability=self.masking.mlm_probability,
+                mask_token_id=self.mask_token_id,
+                ordinary_ids=self.ordinary_ids,
+                whole_ngram=self.masking.whole_ngram,
+            )
+            batch = masked.trimmed()._asdict()
+            del batch["counts"]
         if not self.use_ngrams:
             batch = without_ngrams(batch)
         batch["cu_seqlens"] = starts
         batch["max_seqlen"] = int(lengths.max(initial=0))
         batch["max_ngrams"] = int(batch["ngram_cu_seqlens"].diff().max())
         return batch
-
-    def _mask(self, ordinary: torch.Tensor, random: torch.Tensor, batch: dict[str, Any]) -> dict[str, Any]:
-        masked = ngram_masking(
-            ordinary=ordinary,
-            random=random,
-            **batch,
-            mlm_probability=self.masking.mlm_probability,
-            mask_token_id=self.mask_token_id,
-            ordinary_ids=self.ordinary_ids,
-            whole_ngram=self.masking.whole_ngram,
-        )
-        fields = masked.trimmed()._asdict()
-        del fields["counts"]
-        return fields
 
 
 def without_ngrams(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,14 +2,14 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import dnaio
 
-from dnazen.files import InputError
+from dnazen.files import InputError, sha256_file
 
 # Upper case, and RNA's U as T, in one pass over the bytes.
 _UPPER = bytes(range(256)).upper().replace(b"U", b"T")
@@ -56,6 +56,23 @@ def read_fasta(path: str | PathLike) -> Iterator[FastaRecord]:
         yield FastaRecord(name, sequence.decode())
     if not names:
         raise InputError(f"{path}: no records; expected FASTA, lines of sequence under a '>name' line")
+
+
+def describe_sources(paths: Sequence[str | PathLike]) -> list[dict[str, Any]]:
+    """Name, SHA-256 and size of each file: what is recorded with everything that is made from them.
+
+    Raises:
+        InputError: a file is absent, or two have the same content.
+    """
+    sources: dict[str, dict[str, Any]] = {}
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}; expected FASTA")
+        checksum = sha256_file(path)
+        if checksum in sources:
+            raise InputError(f"{path}: given twice (or a copy), so that held-out sequences would be trained on")
+        sources[checksum] = {"path": path.name, "sha256": checksum, "bytes": path.stat().st_size}
+    return list(sources.values())
 
 
 def find_clean_runs(sequence: str) -> list[tuple[int, int]]:

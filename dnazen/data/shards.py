@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from dnazen import __version__
-from dnazen.data.fasta import FastaRecord, find_clean_runs, read_fasta
+from dnazen.data.fasta import FastaRecord, describe_sources, find_clean_runs, read_fasta
 from dnazen.data.fasta import reverse_complement as to_reverse_complement
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_checksum
 from dnazen.files import InputError, atomic_directory, read_json, sha256_file, write_json
@@ -100,7 +100,7 @@ def build_corpus(
                 "validation_fraction": validation_fraction,
             },
             "totals": {"records": 0, **dict.fromkeys(_COUNTS, 0), "pieces_split": 0},
-            "sources": _describe_sources(fasta_paths),
+            "sources": [{**source, "records": []} for source in describe_sources(fasta_paths)],
             "shards": [],
             "validation": [],
         }
@@ -181,24 +181,12 @@ class Corpus:
         manifest = read_json(path / "manifest.json", "the manifest of a corpus (made by `dnazen corpus`)")
         found = (manifest.get("format"), manifest.get("format_version"))
         if found != (FORMAT, FORMAT_VERSION):
-            expected = f"{FORMAT} of version {FORMAT_VERSION}"
+            expected = f"a corpus made by `dnazen corpus` ({FORMAT} of version {FORMAT_VERSION})"
             raise InputError(f"{path}: expected {expected}, found {found[0]} of version {found[1]}; build it anew")
         try:
             return cls(path, manifest, verify)
         except (KeyError, TypeError) as error:
             raise InputError(f"{path / 'manifest.json'}: altered; {error!r}") from error
-
-
-def _describe_sources(fasta_paths: Sequence[str | PathLike]) -> list[dict[str, Any]]:
-    sources: dict[str, dict[str, Any]] = {}
-    for path in map(Path, fasta_paths):
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; expected FASTA")
-        checksum = sha256_file(path)
-        if checksum in sources:
-            raise InputError(f"{path}: given twice (or a copy), so that held-out sequences would be trained on")
-        sources[checksum] = {"path": path.name, "sha256": checksum, "bytes": path.stat().st_size, "records": []}
-    return list(sources.values())
 
 
 def _write_shards(
@@ -230,7 +218,7 @@ def _write_shards(
         raise InputError(
             "validation_fraction {validation_fraction} and min_length {min_length}".format(**manifest["parameters"])
             + f" left {training} pieces to train on and {held_out} to validate on; expected 1 or more of each: change "
-            "the fraction, lower min_length or add sequence"
+            "--validation-fraction or --min-length of `dnazen corpus`, or add sequence"
         )
     manifest["shards"] += [shard.write(directory) for shard in shards.values()]
     manifest["shards"].sort(key=lambda shard: shard["name"])

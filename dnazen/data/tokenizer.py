@@ -3,15 +3,18 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from dnazen.data.fasta import find_clean_runs
-from dnazen.files import InputError, read_json
+from dnazen import __version__
+from dnazen.data.fasta import describe_sources, find_clean_runs, read_fasta
+from dnazen.files import InputError, atomic_directory, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,24 @@ _WORD_BASES = 2040
 _MAX_TRAINING_BASES = 2**25
 # As DNABERT-2's longest: otherwise tandem repeats double into tokens of hundreds of bases.
 _MAX_TOKEN_BASES = 32
+
+SOURCES_FILE = "sources.json"
+
+
+def build_tokenizer(
+    fasta_paths: Sequence[str | PathLike], output_dir: str | PathLike, vocab_size: int = MAX_VOCAB_SIZE
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer on FASTA files and write its folder, with a record of the files in `sources.json`.
+
+    Raises:
+        InputError: `output_dir` has something in it; a file is absent, given twice or not FASTA; see `train_tokenizer`.
+    """
+    with atomic_directory(output_dir) as directory:
+        sources = describe_sources(fasta_paths)
+        tokenizer = train_tokenizer(_read_sequences(fasta_paths), vocab_size)
+        save_tokenizer(tokenizer, directory)
+        write_json(directory / SOURCES_FILE, {"dnazen_version": __version__, "sources": sources})
+    return tokenizer
 
 
 def train_tokenizer(sequences: Iterable[str], vocab_size: int = MAX_VOCAB_SIZE) -> PreTrainedTokenizerFast:
@@ -54,6 +75,7 @@ def train_tokenizer(sequences: Iterable[str], vocab_size: int = MAX_VOCAB_SIZE) 
         special_tokens=list(SPECIAL_TOKENS.values()),
         initial_alphabet=list(_BASES),
         max_token_length=_MAX_TOKEN_BASES,
+        show_progress=sys.stdout.isatty(),  # elsewhere it prints empty lines
     )
     backend.train_from_iterator(words, trainer)
     backend.post_processor = processors.TemplateProcessing(
@@ -107,6 +129,14 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 of the tokenizer's model (vocabulary and merges) as canonical JSON: the same however it was saved."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
+
+
+def _read_sequences(paths: Sequence[str | PathLike]) -> Iterator[str]:
+    with tqdm(desc="reading", unit=" bases", unit_scale=True) as progress:
+        for path in paths:
+            for record in read_fasta(path):
+                yield record.sequence
+                progress.update(len(record.sequence))
 
 
 def _wrap(backend: Tokenizer, special_tokens: dict[str, str]) -> PreTrainedTokenizerFast:

@@ -6,9 +6,10 @@ candidate lies in a run of linked pairs, and after the pairs are counted only su
 Everything streams over blocks of whole sequences, in three passes: pairs, candidates, occurrences.
 """
 
+import functools
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from dnazen_kernels.ngram_matching import ngram_matching
 from dnazen_kernels.ngram_matching.table import LENGTH_SHIFT, pack_ngrams, token_bits
+from tqdm import tqdm
 
 from dnazen.data.tokenizer import tokenizer_checksum
 from dnazen.files import InputError, atomic_directory, sha256_file, write_json
@@ -87,7 +89,8 @@ def extract_ngrams(
     except ValueError as error:
         raise InputError(str(error)) from error
 
-    (token_counts, pair_counts), *others = _run(_count_pairs, blocks, num_workers, shards, vocab_size, bits)
+    run = functools.partial(_run, blocks, num_workers, shards)
+    (token_counts, pair_counts), *others = run("counting pairs", _count_pairs, vocab_size, bits)
     for more_tokens, more_pairs in others:
         token_counts += more_tokens
         pair_counts += more_pairs
@@ -100,10 +103,10 @@ def extract_ngrams(
     linked = np.zeros(len(pair_counts), bool)
     linked[pairs] = True
 
-    parts = _run(_collect_pieces, blocks, num_workers, shards, linked, bits, min_len, max_len, long_pieces == "split")
+    parts = run("finding candidates", _collect_pieces, linked, bits, min_len, max_len, long_pieces == "split")
     candidates = np.unique(np.concatenate([keys for keys, _ in parts]))
     num_pieces = sum(histogram for _, histogram in parts).tolist()
-    counts = sum(_run(_count_occurrences, blocks, num_workers, shards, linked, bits, candidates, max_len))
+    counts = sum(run("counting candidates", _count_occurrences, linked, bits, candidates, max_len))
 
     keys, counts = candidates[counts >= min_count], counts[counts >= min_count]
     missing = np.arange(max_len) >= (keys >> LENGTH_SHIFT)[:, None]
@@ -141,34 +144,31 @@ def find_pieces(linked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def build_ngrams(corpus: Any, output_dir: str | PathLike, **parameters: Any) -> dict[str, Any]:
     """Extract the G-grams of a corpus' training split and write `ngram.json`, `ngrams.tsv` and `manifest.json`.
 
-    Args:
-        corpus: a `dnazen.data.shards.Corpus`.
-        parameters: of `extract_ngrams`.
-
-    Returns:
-        The manifest.
+    `corpus` is a `dnazen.data.shards.Corpus`; `parameters` are those of `extract_ngrams`. Returns the manifest.
 
     Raises:
-        InputError: no G-gram passes the thresholds; `output_dir` is taken; see `extract_ngrams`.
+        InputError: `output_dir` is taken; no G-gram passes the thresholds; see `extract_ngrams`.
     """
     start = time.perf_counter()
     tokenizer = corpus.tokenizer
     parameters = {**extract_ngrams.__kwdefaults__, **parameters}
-    extraction = extract_ngrams(corpus.train.shards, vocab_size=len(tokenizer), **parameters)
-    seconds = round(time.perf_counter() - start, 3)
-    if not extraction.ngrams:
-        raise InputError(
-            f"{corpus.path}: none of {extraction.num_candidates} candidates from {extraction.num_tokens} tokens is a "
-            "G-gram; lower min_pmi, min_pair_count or min_count, or use a larger corpus"
-        )
-    statistics = asdict(extraction)
-    ngrams, counts, pmis = (statistics.pop(name) for name in ("ngrams", "counts", "pmis"))
-    lengths = [len(ngram) for ngram in ngrams]
-    statistics["num_ngrams"] = len(ngrams)
-    statistics["num_ngrams_by_length"] = {n: lengths.count(n) for n in sorted(set(lengths))}
-    vocabulary = NgramVocabulary(ngrams, list(range(1, len(ngrams) + 1)))
-    statistics["ngrams_per_sequence"], statistics["covered_tokens"] = measure_density(vocabulary, corpus)
     with atomic_directory(output_dir) as directory:
+        extraction = extract_ngrams(corpus.train.shards, vocab_size=len(tokenizer), **parameters)
+        seconds = round(time.perf_counter() - start, 3)
+        statistics = asdict(extraction)
+        ngrams, counts, pmis = (statistics.pop(name) for name in ("ngrams", "counts", "pmis"))
+        if not ngrams:
+            now = "--min-pair-count {min_pair_count} --min-count {min_count} --min-pmi {min_pmi}".format(**parameters)
+            raise InputError(
+                f"{corpus.path}: none of {extraction.num_candidates:,} candidates from {extraction.num_tokens:,} tokens"
+                " is a G-gram. In a small genome a pair of tokens is seldom seen: lower a threshold of `dnazen ngrams` "
+                f"(now {now}), or make pairs more frequent with fewer tokens (`dnazen tokenizer --vocab-size 256`)"
+            )
+        lengths = [len(ngram) for ngram in ngrams]
+        statistics["num_ngrams"] = len(ngrams)
+        statistics["num_ngrams_by_length"] = {n: lengths.count(n) for n in sorted(set(lengths))}
+        vocabulary = NgramVocabulary(ngrams, list(range(1, len(ngrams) + 1)))
+        statistics["ngrams_per_sequence"], statistics["covered_tokens"] = measure_density(vocabulary, corpus)
         vocabulary.save_pretrained(directory, tokenizer)
         with open(directory / "ngrams.tsv", "w") as file:
             file.write("id\ttokens\tbases\tlength\tcount\tpmi\n")
@@ -209,7 +209,8 @@ def summarize(manifest: dict[str, Any]) -> str:
         [
             f"tokens      {tokens:,} in {seconds:.2f} s ({tokens / max(seconds, 1e-3) / 1e6:.1f} M tokens/s)",
             f"candidates  {candidates:,}: {kept:,} kept, {rare}",
-            f"long runs   {statistics['num_long_pieces']:,} of more than {parameters['max_len']} tokens ({parameters['long_pieces']})",
+            f"long runs   {statistics['num_long_pieces']:,} of more than {parameters['max_len']} tokens "
+            f"({parameters['long_pieces']})",
             f"density     {statistics['ngrams_per_sequence']} G-grams in a sequence, over "
             f"{100 * statistics['covered_tokens']:.1f} % of its tokens",
             *(f"G-grams     {number:,} of {length} tokens" for length, number in lengths.items()),
@@ -289,15 +290,32 @@ def _count_occurrences(blocks, shards, linked, bits, candidates, max_len):
     return counts
 
 
-def _run(function: Callable, blocks: list[Block], num_workers: int, *arguments: Any) -> list[Any]:
-    """`function(blocks, *arguments)` over the blocks, or over one share of them in each of several processes."""
+def _run(
+    blocks: list[Block], num_workers: int, shards: Sequence[Shard], what: str, function: Callable, *arguments: Any
+) -> list[Any]:
+    """`function(blocks, shards, *arguments)`, or over one share of the blocks in each of several processes."""
     shares = [blocks[i::num_workers] for i in range(min(num_workers, len(blocks)))]
-    if len(shares) <= 1:
-        return [function(blocks, *arguments)]
-    # Forked processes inherit the arguments; pickled, memory maps would be copied whole.
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(len(shares), context, _inherit, (function, arguments)) as pool:
-        return list(pool.map(_call_inherited, shares))
+    with tqdm(desc=what, unit=" tokens", unit_scale=True, total=_count_tokens(blocks, shards)) as progress:
+
+        def watch() -> Iterator[Block]:
+            for block in blocks:
+                yield block
+                progress.update(_count_tokens([block], shards))
+
+        if len(shares) <= 1:
+            return [function(watch(), shards, *arguments)]
+        # Forked processes inherit the arguments; pickled, memory maps would be copied whole.
+        context = multiprocessing.get_context("fork")
+        results = []
+        with ProcessPoolExecutor(len(shares), context, _inherit, (function, (shards, *arguments))) as pool:
+            for share, result in zip(shares, pool.map(_call_inherited, shares), strict=True):
+                results.append(result)
+                progress.update(_count_tokens(share, shards))
+        return results
+
+
+def _count_tokens(blocks: Iterable[Block], shards: Sequence[Shard]) -> int:
+    return sum(int(shards[shard][1][end] - shards[shard][1][first]) for shard, first, end in blocks)
 
 
 def _inherit(function: Callable, arguments: tuple) -> None:

@@ -123,9 +123,14 @@ def load_ngrams(path: str | PathLike, corpus: Any) -> NgramVocabulary:
     `ngram.json`, is taken too; then only the tokens themselves are checked.
 
     Raises:
-        InputError: `ngram.json` was altered; it belongs to another tokenizer; see `NgramVocabulary.from_pretrained`.
+        InputError: there is no `ngram.json`, or it was altered, or it belongs to another tokenizer; see
+            `NgramVocabulary.from_pretrained`.
     """
     path = Path(path)
+    if not (path / NGRAM_FILE if path.is_dir() else path).is_file():
+        expected = f"G-grams (a folder made by `dnazen ngrams`, or its {NGRAM_FILE})"
+        found = f"no {NGRAM_FILE} in it" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: expected {expected}, found {found}")
     if (path / MANIFEST_FILE).is_file():
         recorded = read_json(path / MANIFEST_FILE, "the record of a G-gram extraction")
         found = tokenizer_checksum(corpus.tokenizer)

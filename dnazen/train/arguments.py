@@ -10,6 +10,26 @@ from dnazen.files import InputError
 # (tokens of a micro-batch, learning rate): what fits 80 GB, and DNABERT-2's rate at its size; tiny suits a CPU
 SIZE_DEFAULTS = {"tiny": (2048, 2e-3), "base": (32768, 5e-4), "large": (16384, 4e-4), "xlarge": (4096, 2e-4)}
 
+_PACKED = "has no effect: batches are packed by tokens; use --max_batch_tokens"
+_ORDER = "has no effect: the order of the data depends on --seed alone"
+_UNSUPPORTED = "is not supported in pretraining"
+# Hugging Face's flags that would be ignored in silence, or break what a run promises
+REFUSED = {
+    "per_device_train_batch_size": _PACKED,
+    "per_device_eval_batch_size": _PACKED,
+    "auto_find_batch_size": _PACKED,
+    "data_seed": _ORDER,
+    "dataloader_drop_last": _ORDER,
+    "train_sampling_strategy": _ORDER,
+    "label_smoothing_factor": _UNSUPPORTED,
+    "gradient_checkpointing": _UNSUPPORTED,
+    "torch_empty_cache_steps": _UNSUPPORTED,
+    "neftune_noise_alpha": _UNSUPPORTED,
+    "fsdp": _UNSUPPORTED + ": use --deepspeed",
+    "load_best_model_at_end": _UNSUPPORTED + ": the last model is kept",
+    "save_only_model": _UNSUPPORTED + ": such a checkpoint cannot be resumed; final/ holds the model alone",
+}
+
 
 @dataclass
 class DataArguments:
@@ -71,11 +91,13 @@ class PretrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = False
 
     def __post_init__(self):
-        defaults = TrainingArguments.__dataclass_fields__
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "auto_find_batch_size"):
-            if getattr(self, name) != defaults[name].default:
-                raise InputError(f"--{name} has no effect: batches are packed by tokens; use --max_batch_tokens")
-        if self.load_best_model_at_end:
-            raise InputError("--load_best_model_at_end is not supported in pretraining: the last model is kept")
+        for name, reason in REFUSED.items():
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise InputError(f"--{name} {reason}")
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()
+        if self.n_gpu > 1:
+            raise InputError(
+                f"one process found {self.n_gpu} GPUs: start one process a GPU with `deepspeed` or "
+                "`torchrun --nproc_per_node`, or choose one with CUDA_VISIBLE_DEVICES=0"
+            )

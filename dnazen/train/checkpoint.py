@@ -75,34 +75,51 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class Checkpoint(NamedTuple):
-    """A whole checkpoint, its `checkpoint.json`, and why newer ones were passed over."""
+    """A whole checkpoint and its `checkpoint.json`."""
 
     path: Path
     manifest: dict[str, Any]
-    problems: list[str]
 
 
-def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
-    """The checkpoint to go on from, if there is one.
+def choose_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
+    """The checkpoint to go on from, if there is one; what a killed run left half-written goes, and it says so.
 
     Args:
         output_dir: the run's folder.
-        resume: a checkpoint's path, or None for the newest whole one in `output_dir`.
+        resume: a checkpoint's path, or None for the newest whole one in `output_dir`. Newer ones that are not whole
+            are kept as `checkpoint-N.broken`.
 
     Raises:
-        InputError: the named checkpoint is not whole, or there are checkpoints and none is whole.
+        InputError: the named checkpoint is not whole or not the newest, or there are checkpoints and none is whole.
     """
+    for unfinished in (*output_dir.glob(".checkpoint-*.tmp"), *output_dir.glob(".final.tmp")):
+        print(f"removing {unfinished}: its writing was cut off")
+        shutil.rmtree(unfinished)
+    checkpoints = list_checkpoints(output_dir)
     if resume is not None:
-        return Checkpoint(Path(resume), verify_checkpoint(Path(resume)), [])
-    problems: list[str] = []
-    for path in list_checkpoints(output_dir):
+        checkpoint = Checkpoint(Path(resume), verify_checkpoint(Path(resume)))
+        newer = [path.name for path in checkpoints if checkpoint_step(path) > checkpoint.manifest["step"]]
+        if newer:
+            raise InputError(
+                f"{output_dir} holds newer checkpoints than {resume} ({', '.join(newer)}), which the run would mix "
+                "with its own; move them away, or use another --output_dir"
+            )
+        return checkpoint
+    problems: dict[Path, str] = {}
+    for path in checkpoints:
         try:
-            return Checkpoint(path, verify_checkpoint(path), problems)
+            checkpoint = Checkpoint(path, verify_checkpoint(path))
+            break
         except InputError as error:
-            problems.append(str(error))
-    if problems:
-        raise InputError(f"{output_dir}: none of its checkpoints is whole: " + "; ".join(problems))
-    return None
+            problems[path] = str(error)
+    else:
+        if problems:
+            raise InputError(f"{output_dir}: none of its checkpoints is whole: " + "; ".join(problems.values()))
+        return None
+    for path, problem in problems.items():
+        publish_folder(path, path.with_name(f"{path.name}.broken"))
+        print(f"passing over a checkpoint that is not whole, now {path.name}.broken: {problem}")
+    return checkpoint
 
 
 def copy_model(checkpoint: Path, target: Path) -> None:
@@ -113,18 +130,22 @@ def copy_model(checkpoint: Path, target: Path) -> None:
             shutil.copy2(path, target)
 
 
-def check_agreement(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse to resume a run whose data, masking or model differ from the checkpoint's.
-
-    Raises:
-        InputError: names every difference.
-    """
-    differences = [
+def list_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """What a checkpoint and a run do not have in common, a phrase each."""
+    return [
         f"{name}: the checkpoint has {saved.get(name)!r}, this run {current.get(name)!r}"
         for name in sorted(saved.keys() | current.keys())
         if saved.get(name) != current.get(name)
     ]
-    if differences:
+
+
+def check_agreement(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse to resume a run whose data, masking, model or optimizer differ from the checkpoint's.
+
+    Raises:
+        InputError: names every difference.
+    """
+    if differences := list_differences(saved, current):
         raise InputError(
             f"{checkpoint} belongs to another run ({'; '.join(differences)}); "
             "use the same arguments, or another --output_dir"

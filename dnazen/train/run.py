@@ -1,32 +1,40 @@
 """A pretraining run from its arguments to its report."""
 
 import dataclasses
+import json
 import logging
-import shutil
+import os
+import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_model
 from transformers import HfArgumentParser, TrainerState, set_seed
 
-import dnazen
 from dnazen.data.collator import Masking, PackedCollator, PackedDataset, calibrate_mlm_probability
 from dnazen.data.shards import Corpus
 from dnazen.files import InputError, write_json
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.ngram.vocab import NgramVocabulary, load_ngrams
 from dnazen.train.arguments import SIZE_DEFAULTS, DataArguments, PretrainingArguments
-from dnazen.train.checkpoint import Checkpoint, copy_model, find_checkpoint, publish_folder
+from dnazen.train.checkpoint import Checkpoint, choose_checkpoint, copy_model, list_differences, publish_folder
 from dnazen.train.metrics import Score, baseline_scores, count_tokens, format_scores, plot_loss_curve
 from dnazen.train.prepare import PACKAGED_GENOME, genome_name, prepare_data
 from dnazen.train.trainer import PretrainingTrainer
 
 # the held-out part is masked the same way in every run: plain 15 % of tokens
 HELD_OUT_MASKING = Masking(mlm_probability=0.15, whole_ngram=False, seed=0)
+# what a checkpoint's configuration may differ in from the run that resumes it
+RUNTIME_KEYS = ("impl", "transformers_version", "dtype", "architectures", "_name_or_path")
+# a resumed optimizer keeps the values it was saved with, so others are refused rather than ignored
+OPTIMIZER_KEYS = (
+    "optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "max_grad_norm",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -38,6 +46,8 @@ def main() -> int:
             return 0
         # Trainer's arguments join the process group, so the data is prepared before they are parsed
         data_args, rest = HfArgumentParser(DataArguments).parse_args_into_dataclasses(return_remaining_strings=True)
+        HfArgumentParser(PretrainingArguments).parse_args(rest)
+        DNAZenConfig.from_size(data_args.model)
         name = Path(data_args.corpus).resolve().name if data_args.corpus else None
         if data_args.corpus is None:
             fasta = data_args.fasta or [str(PACKAGED_GENOME)]
@@ -60,6 +70,11 @@ def main() -> int:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        # on a CPU DeepSpeed leaves 69 MB of shared memory behind for each process
+        buffer = "deepspeed_allreduce_buffer_*_{MASTER_ADDR}_{MASTER_PORT}_{RANK}"
+        if {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= os.environ.keys():
+            for path in Path("/dev/shm").glob(buffer.format_map(os.environ)):
+                path.unlink(missing_ok=True)
     return 0
 
 
@@ -82,11 +97,10 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
     config = build_config(data_args, corpus, vocabulary)
 
     output_dir = Path(args.output_dir)
-    checkpoint = choose_checkpoint(output_dir, args.resume_from_checkpoint) if main_process else None
-    (checkpoint,) = broadcast_object_list([checkpoint])
-    model = DNAZenForMaskedLM(config)
+    resume = None if args.resume_from_checkpoint in ("True", "true", "last", "latest") else args.resume_from_checkpoint
+    (checkpoint,) = broadcast_object_list([choose_checkpoint(output_dir, resume) if main_process else None])
     trainer = PretrainingTrainer(
-        model=model,
+        model=DNAZenForMaskedLM(config),
         args=args,
         processing_class=corpus.tokenizer,
         train_dataset=train_dataset,
@@ -94,53 +108,52 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
         vocabulary=vocabulary,
         max_batch_tokens=data_args.max_batch_tokens,
         checkpoint=checkpoint,
-        agreement={
-            "corpus": corpus.checksum,
-            "ngrams": vocabulary.checksum,
-            "max_ngrams": vocabulary.max_ngrams,
-            "use_ngrams": data_args.use_ngrams,
-            "masking": list(masking),
-            "max_batch_tokens": data_args.max_batch_tokens,
-            "seed": args.seed,
-            "model": {key: value for key, value in config.to_diff_dict().items() if key not in RUNTIME_KEYS},
-        },
+        agreement=build_agreement(data_args, args, corpus, vocabulary, masking, config),
     )
     if main_process:
-        print(describe(data_args, args, corpus, vocabulary, masking, trainer, checkpoint), flush=True)
-
-    final, unfinished = output_dir / "final", output_dir / ".final.tmp"
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / "run.json", run_record(data_args, trainer))
+        print(describe(data_args, corpus, vocabulary, masking, trainer, checkpoint), flush=True)
     if checkpoint is not None and checkpoint.manifest["step"] >= args.max_steps:
-        if main_process:
-            print("nothing is left to train", flush=True)
-        load_model(model.to(args.device), checkpoint.path / "model.safetensors")
         trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
-        if main_process:
-            copy_model(checkpoint.path, unfinished)
+        last = checkpoint.path
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        trainer.save_model(str(unfinished))
-    log = trainer.state.log_history
-    evaluated = [entry for entry in log if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
-    metrics = evaluated[-1] if evaluated else trainer.evaluate()
-    trainer.accelerator.wait_for_everyone()
+        last = output_dir / f"checkpoint-{trainer.state.global_step}"
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if not evaluated:
+        raise InputError(f"{last} is not before --max_steps {args.max_steps} and was not evaluated; train further")
     if main_process:
-        publish_folder(unfinished, final)
-        report(trainer, metrics, corpus, data_args.model)
+        copy_model(last, output_dir / ".final.tmp")
+        publish_folder(output_dir / ".final.tmp", output_dir / "final")
+        report(trainer, evaluated[-1], corpus, data_args.model)
+        print(f"model: {output_dir / 'final'}\nnewest checkpoint: {last}\nloss curve: {output_dir / 'loss_curve.png'}")
 
 
-def choose_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
-    """What to go on from, after clearing away what a killed run left half-written; says what it does."""
-    for unfinished in output_dir.glob(".*.tmp"):
-        print(f"removing {unfinished}: its writing was cut off")
-        shutil.rmtree(unfinished)
-    checkpoint = find_checkpoint(output_dir, None if resume in ("True", "true", "last", "latest") else resume)
-    for problem in checkpoint.problems if checkpoint else ():
-        print(f"passing over a checkpoint that is not whole: {problem}")
-    return checkpoint
-
-
-# what a checkpoint's configuration may differ in from the run that resumes it
-RUNTIME_KEYS = ("impl", "transformers_version", "dtype", "architectures", "_name_or_path")
+def build_agreement(
+    data_args: DataArguments,
+    args: PretrainingArguments,
+    corpus: Corpus,
+    vocabulary: NgramVocabulary,
+    masking: Masking,
+    config: DNAZenConfig,
+) -> dict[str, Any]:
+    """What a run and the checkpoint it resumes from must have in common, as it reads back from JSON."""
+    training, deepspeed = args.to_dict(), args.deepspeed and args.hf_deepspeed_config
+    agreement = {
+        "corpus": corpus.checksum,
+        "ngrams": vocabulary.checksum,
+        "max_ngrams": vocabulary.max_ngrams,
+        "use_ngrams": data_args.use_ngrams,
+        "masking": masking,
+        "max_batch_tokens": data_args.max_batch_tokens,
+        "seed": args.seed,
+        "model": {key: value for key, value in config.to_diff_dict().items() if key not in RUNTIME_KEYS},
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "engine": f"DeepSpeed ZeRO-{deepspeed.get_value('zero_optimization.stage', 0)}" if deepspeed else "PyTorch",
+        **{key: training[key] for key in OPTIMIZER_KEYS},
+    }
+    return json.loads(json.dumps(agreement))
 
 
 def build_datasets(
@@ -169,45 +182,49 @@ def build_config(data_args: DataArguments, corpus: Corpus, vocabulary: NgramVoca
     )
 
 
+def run_record(data_args: DataArguments, trainer: PretrainingTrainer) -> dict[str, Any]:
+    """What `run.json` holds: all that is needed to repeat the run."""
+    packages = ("dnazen", "torch", "triton", "deepspeed", "transformers", "tokenizers", "accelerate", "numpy")
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    return {
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "versions": {name: version(name) for name in packages},
+        "command": sys.argv,
+        "data": vars(data_args),
+        "training": trainer.args.to_dict(),
+        "model": trainer.model.config.to_diff_dict(),
+        "agreement": trainer.agreement,
+        "world_size": trainer.args.world_size,
+    }
+
+
 def describe(
     data_args: DataArguments,
-    args: PretrainingArguments,
     corpus: Corpus,
     vocabulary: NgramVocabulary,
     masking: Masking,
     trainer: PretrainingTrainer,
     checkpoint: Checkpoint | None,
 ) -> str:
-    """What is about to run, in a few lines; also written to `run.json` beside the weights."""
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(
-        output_dir / "run.json",
-        {
-            "dnazen": dnazen.__version__,
-            "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
-            "command": sys.argv,
-            "data": vars(data_args),
-            "training": args.to_dict(),
-            "model": trainer.model.config.to_diff_dict(),
-            "agreement": trainer.agreement,
-            "world_size": args.world_size,
-        },
-    )
+    """What is about to run, in a few lines."""
+    args, config, agreement = trainer.args, trainer.model.config, trainer.agreement
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
     lines = [
-        f"DNAZEN {Path(data_args.model).stem}: {parameters / 1e6:.1f} M parameters, {'bf16' if args.bf16 else 'fp32'}, "
-        f"{args.world_size} process(es) on {device}, attention {trainer.model.config._attn_implementation}, "
-        f"operators {trainer.model.config.impl}",
+        f"DNAZEN {Path(data_args.model).stem}: {parameters / 1e6:.1f} M parameters, {agreement['precision']}, "
+        f"{agreement['engine']}, {args.world_size} process(es) on {device}, "
+        f"attention {config._attn_implementation}, operators {config.impl}",
         f"data: {corpus.train.num_tokens:,} tokens in {len(corpus.train):,} sequences, "
         f"{len(corpus.validation):,} held out; {len(vocabulary.ngrams):,} G-grams",
         f"masking: {'whole G-grams' if masking.whole_ngram else 'single tokens'}, "
         f"{100 * masking.mlm_probability:.1f} % of tokens drawn",
-        f"steps: {args.max_steps}, each {trainer.micro_batches_per_step} micro-batch(es) of up to "
+        f"steps: {args.max_steps:,}, each {trainer.micro_batches_per_step} micro-batch(es) of up to "
         f"{data_args.max_batch_tokens:,} tokens",
-        f"output: {output_dir}" + (f", resuming from {checkpoint.path.name}" if checkpoint else ""),
+        f"output: {args.output_dir}" + (f", resuming from {checkpoint.path.name}" if checkpoint else ""),
     ]
+    if checkpoint is not None:
+        lines += [f"changed: {text}" for text in list_differences(checkpoint.manifest["schedule"], trainer.schedule())]
+        lines += ["nothing is left to train"] * (checkpoint.manifest["step"] >= args.max_steps)
     return "\n".join(lines)
 
 
@@ -216,27 +233,24 @@ def report(trainer: PretrainingTrainer, metrics: dict[str, float], corpus: Corpu
     output_dir = Path(trainer.args.output_dir)
     tokenizer = corpus.tokenizer
     unigrams, pairs = count_tokens(corpus.train, len(tokenizer))
-    batches = (trainer.eval_dataset[micro_batch][0] for micro_batch in trainer.eval_micro_batches())
+    batches = (trainer.eval_dataset[micro_batch][0] for micro_batch in trainer.eval_micro_batches)
     baselines = baseline_scores(unigrams, pairs, batches, tokenizer.all_special_ids)
     name = f"DNAZEN {Path(size).stem}"
     scores = {name: Score(metrics["eval_loss"], metrics["eval_accuracy"]), **baselines}
     plot_loss_curve(output_dir / "loss_curve.png", trainer.state.log_history, baselines, name)
     tokens, ordinary, masked, dropped = trainer.totals.tolist()
     summary: dict[str, Any] = {
-        "step": trainer.state.global_step,
+        "step": metrics["step"],
         "held_out": {row: score._asdict() for row, score in scores.items()},
         "held_out_masked_tokens": metrics["eval_masked_tokens"],
         "trained_tokens": tokens,
         "train_seconds": trainer.train_seconds,
-        "tokens_per_second": tokens / trainer.train_seconds if tokens else None,
-        "effective_mask_rate": masked / ordinary if ordinary else None,
+        "tokens_per_second": tokens / trainer.train_seconds,
+        "effective_mask_rate": masked / ordinary,
         "ngrams_cut": dropped,
     }
     write_json(output_dir / "report.json", summary)
     held_out = f"{len(corpus.validation):,} held-out sequences ({metrics['eval_masked_tokens']:,} tokens)"
     print("\n" + format_scores(scores, held_out))
-    if tokens:
-        print(f"trained on {tokens:,} tokens in {trainer.train_seconds:.0f} s: {tokens / trainer.train_seconds:,.0f} tokens/s")
-        print(f"effective mask rate {100 * masked / ordinary:.1f} %" + (f", {dropped:,} G-grams cut" if dropped else ""))
-    print(f"model: {output_dir / 'final'}\nnewest checkpoint: {output_dir}/checkpoint-{trainer.state.global_step}")
-    print(f"loss curve: {output_dir / 'loss_curve.png'}", flush=True)
+    print(f"trained on {tokens:,} tokens in {trainer.train_seconds:.0f} s: {tokens / trainer.train_seconds:,.0f} tokens/s")
+    print(f"effective mask rate {100 * masked / ordinary:.1f} %" + (f", {dropped:,} G-grams cut" if dropped else ""))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -27,10 +28,15 @@ from dnazen.train.checkpoint import (
 Batch = dict[str, torch.Tensor | int]
 
 
-class LogBeforeSaving(TrainerCallback):
-    """A logged loss is a mean since the last log, so a log at each checkpoint makes logs of a resumed run exact."""
+class FinishWhole(TrainerCallback):
+    """The last step is evaluated and saved, whatever the strategies; each checkpoint is preceded by a log.
+
+    A logged loss is a mean since the last log, so that a log at each checkpoint makes those of a resumed run exact.
+    """
 
     def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
         if control.should_save:
             control.should_log = True
         return control
@@ -47,7 +53,7 @@ class PretrainingTrainer(Trainer):
         train_dataset, eval_dataset: packed splits; the evaluation's masking never changes.
         vocabulary: saved beside the weights.
         max_batch_tokens: token budget of a micro-batch.
-        agreement: what a run and the checkpoint it resumes from must have in common.
+        agreement: what a run and the checkpoint it resumes from must have in common; JSON values.
         checkpoint: the one to resume from, or None.
         **kwargs: Trainer's own arguments.
     """
@@ -65,9 +71,14 @@ class PretrainingTrainer(Trainer):
         **kwargs,
     ):
         self.resumed_step = self.resumed_position = 0
+        self.totals = np.zeros(4, dtype=np.int64)  # tokens, ordinary tokens, masked tokens, G-grams cut by the cap
+        self.train_seconds = 0.0
         if checkpoint is not None:
-            check_agreement(checkpoint.path, checkpoint.manifest["agreement"], agreement)
-            self.resumed_step, self.resumed_position = checkpoint.manifest["step"], checkpoint.manifest["position"]
+            manifest = checkpoint.manifest
+            check_agreement(checkpoint.path, manifest["agreement"], agreement)
+            self.resumed_step, self.resumed_position = manifest["step"], manifest["position"]
+            self.totals += manifest["totals"]
+            self.train_seconds = manifest["train_seconds"]
         self.sampler = MicroBatchSampler(
             train_dataset.split.lengths,
             max_batch_tokens,
@@ -83,8 +94,11 @@ class PretrainingTrainer(Trainer):
         # our sampler starts at the checkpoint's position, so Trainer must not skip batches by itself
         args.ignore_data_skip = True
         super().__init__(args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-        self.vocabulary, self.max_batch_tokens, self.agreement = vocabulary, max_batch_tokens, agreement
-        self.add_callback(LogBeforeSaving())
+        self.vocabulary, self.agreement = vocabulary, agreement
+        lengths = eval_dataset.split.lengths
+        runs = pack_by_budget(lengths, np.arange(len(lengths)), max_batch_tokens)
+        self.eval_micro_batches = [MicroBatch(0, run) for run in runs]  # the held-out split in its own order
+        self.add_callback(FinishWhole())
         self._universal = (
             self.is_deepspeed_enabled
             and checkpoint is not None
@@ -95,9 +109,7 @@ class PretrainingTrainer(Trainer):
         self._staging: Path | None = None
         self._paused_seconds = 0.0  # time of this logging interval that was not training
         self._logged_at: float | None = None
-        self._interval = np.zeros(4, dtype=np.int64)  # tokens, ordinary tokens, masked tokens, G-grams cut by the cap
-        self.totals = np.zeros(4, dtype=np.int64)
-        self.train_seconds = 0.0
+        self._interval = np.zeros_like(self.totals)
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -110,6 +122,10 @@ class PretrainingTrainer(Trainer):
     def position(self) -> int:
         """Micro-batches that all processes together have consumed since the beginning of the run."""
         return self.resumed_position + (self.state.global_step - self.resumed_step) * self.micro_batches_per_step
+
+    def schedule(self) -> dict[str, int]:
+        """What a resumed run may change, but not in silence."""
+        return {"max_steps": self.args.max_steps, "micro-batches of a step": self.micro_batches_per_step}
 
     def _loader(self, dataset: PackedDataset, sampler: Any) -> DataLoader:
         workers = self.args.dataloader_num_workers
@@ -133,7 +149,7 @@ class PretrainingTrainer(Trainer):
     ) -> tuple[list[Batch], torch.Tensor]:
         """The micro-batches of one step on this process, and the number of masked tokens over all processes."""
         if self._logged_at is None:
-            self._logged_at = time.perf_counter()
+            self._logged_at, self._paused_seconds = time.perf_counter(), 0.0
         batches = []
         masked = torch.zeros((), dtype=torch.int64)
         for batch, num_dropped in itertools.islice(epoch_iterator, num_batches):
@@ -182,30 +198,28 @@ class PretrainingTrainer(Trainer):
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def eval_micro_batches(self) -> list[MicroBatch]:
-        """The held-out split in its own order, cut by the token budget."""
-        lengths = self.eval_dataset.split.lengths
-        return [MicroBatch(0, run) for run in pack_by_budget(lengths, np.arange(len(lengths)), self.max_batch_tokens)]
-
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Loss (nats) and accuracy over all masked tokens of the held-out split, the same masking every time."""
         started = time.perf_counter()
         model = self.model_wrapped
         model.eval()
-        micro_batches = self.eval_micro_batches()
+        micro_batches = self.eval_micro_batches
         rank, world_size = self.args.process_index, self.args.world_size
         rounds = math.ceil(len(micro_batches) / world_size)
         # processes without a micro-batch in the last round repeat one and count nothing: ZeRO-3 needs them in step
         mine = [min(index * world_size + rank, len(micro_batches) - 1) for index in range(rounds)]
         totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        for index, (batch, _) in enumerate(self._loader(self.eval_dataset, [micro_batches[i] for i in mine])):
+        loader = self._loader(self.eval_dataset, [micro_batches[i] for i in mine])
+        self.callback_handler.eval_dataloader = loader  # the progress bar's length
+        for index, (batch, _) in enumerate(loader):
             batch = self._prepare_inputs(batch)
             outputs = model(**batch, num_items_in_batch=1)
             labels = batch["labels"][batch["labels"] != -100]
             correct = (outputs.logits.argmax(-1) == labels).sum()
             counts = index * world_size + rank < len(micro_batches)
             totals += counts * torch.stack([outputs.loss.double(), correct.double(), torch.tensor(len(labels)).to(correct)])
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss, correct, masked = self._sum_over_processes(totals).tolist()
         metrics = {
             f"{metric_key_prefix}_loss": loss / max(masked, 1),
@@ -278,6 +292,9 @@ class PretrainingTrainer(Trainer):
         self._staging = output_dir / f".{name}.tmp"
         try:
             super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch and safetensors name no file when the disk is full
+            raise OSError(f"{output_dir / name}: the checkpoint could not be written: {error}") from error
         finally:
             staging, self._staging = self._staging, None
         self.accelerator.wait_for_everyone()
@@ -287,6 +304,9 @@ class PretrainingTrainer(Trainer):
                 "step": self.state.global_step,
                 "position": self.position(),
                 "world_size": self.args.world_size,
+                "schedule": self.schedule(),
+                "totals": self.totals.tolist(),
+                "train_seconds": self.train_seconds,
                 "agreement": self.agreement,
             }
             seal_checkpoint(staging / name, output_dir / name, state)

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,7 +105,7 @@ def test_full_disk_leaves_nothing(inputs, tmp_path, command):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_run_leaves_no_corpus(inputs, tmp_path):
+def test_killed_run_leaves_no_corpus(inputs, tmp_path, caplog):
     (tmp_path / "genome.fa").write_text(f">chr1\n{random_bases(8_000_000)}\n")
     (tmp_path / "tokenizer").symlink_to(inputs / "tokenizer")
     output_dir = tmp_path / "corpus"
@@ -119,6 +120,12 @@ def test_killed_run_leaves_no_corpus(inputs, tmp_path):
     process.stderr.close()
     assert process.wait() == -signal.SIGKILL, printed
     assert not output_dir.exists()
-    # What is left over does not stop the next run.
+    (leftover,) = tmp_path.glob(".corpus.*.tmp")
+    running = tmp_path / f".corpus.{os.getppid()}@{socket.gethostname()}.tmp"
+    elsewhere = tmp_path / f".corpus.{process.pid}@another-machine.tmp"
+    running.mkdir(), elsewhere.mkdir()
+    # What is left over does not stop the next run, which removes it, and nobody else's.
     assert main(corpus_arguments(inputs, output_dir)) == 0
     Corpus.open(output_dir)
+    assert sorted(tmp_path.glob(".*")) == sorted([running, elsewhere])
+    assert f"removing {leftover}: the process that wrote it was killed" in caplog.text

@@ -1,6 +1,8 @@
 """The vocabulary file: both forms, every refusal, and whether it belongs to a corpus."""
 
 import csv
+import gzip
+import itertools
 import json
 
 import numpy as np
@@ -12,6 +14,7 @@ from dnazen.data.tokenizer import load_tokenizer, train_tokenizer
 from dnazen.files import InputError, sha256_file
 from dnazen.ngram.extract import extract_ngrams
 from dnazen.ngram.vocab import NgramVocabulary, load_ngrams
+from dnazen.train.prepare import PACKAGED_GENOME
 
 
 SMALL = {"max_tokens": 100, "validation_fraction": 0.1, "num_workers": 1}
@@ -172,8 +175,46 @@ def test_command_options_reach_the_extraction(corpus_dir, tmp_path):
 def test_no_ngrams_is_an_error_and_leaves_nothing(corpus_dir, tmp_path, capsys):
     target = tmp_path / "empty"
     assert main(["ngrams", "--corpus", str(corpus_dir), "--output-dir", str(target), "--min-count", "1000000"]) == 1
-    assert "lower min_pmi, min_pair_count or min_count" in capsys.readouterr().err
+    assert "(now --min-pair-count 5 --min-count 1000000 --min-pmi 2.0)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_small_genome_is_told_what_to_do(tmp_path, capsys):
+    """30 kb in 4,096 tokens: no pair of tokens is frequent. Each of the flags that the error names helps."""
+    with gzip.open(PACKAGED_GENOME, "rt") as file:
+        (tmp_path / "virus.fa").write_text("".join(itertools.islice(file, 430)))
+
+    def dnazen(command: str) -> int:
+        return main([str(tmp_path / word[1:]) if word.startswith("@") else word for word in command.split()])
+
+    for size in ("4096", "512", "256"):
+        assert dnazen(f"tokenizer --fasta @virus.fa --output-dir @t{size} --vocab-size {size}") == 0
+        line = f"corpus --fasta @virus.fa --tokenizer @t{size} --output-dir @c{size} --validation-fraction 0.1"
+        assert dnazen(line) == 0
+    capsys.readouterr()
+    assert dnazen("ngrams --corpus @c4096 --output-dir @n") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path / 'c4096'}: none of 0 candidates from 5," in error
+    assert "(now --min-pair-count 5 --min-count 5 --min-pmi 2.0)" in error
+    assert "`dnazen tokenizer --vocab-size 256`" in error
+    assert dnazen("ngrams --corpus @c512 --output-dir @n512") == 1
+    assert dnazen("ngrams --corpus @c512 --output-dir @n512 --min-pair-count 2 --min-count 2") == 0
+    assert dnazen("ngrams --corpus @c256 --output-dir @n256") == 0
+
+
+def test_folder_that_holds_no_ngrams(corpus_dir, tmp_path):
+    """A corpus given for the G-grams has a manifest too; it must not be taken for theirs."""
+    corpus = Corpus.open(corpus_dir)
+    nothing = "no ngram.json in it"
+    for path, found in ((corpus_dir, nothing), (tmp_path, nothing), (tmp_path / "x", "no such file")):
+        message = rf"{path}: expected G-grams \(a folder made by `dnazen ngrams`, or its ngram.json\), found {found}"
+        with pytest.raises(InputError, match=message):
+            load_ngrams(path, corpus)
+
+
+def test_ngrams_given_for_the_corpus(ngrams_dir):
+    with pytest.raises(InputError, match=f"{ngrams_dir}: expected a corpus made by `dnazen corpus`"):
+        Corpus.open(ngrams_dir)
 
 
 def test_existing_output_is_kept(ngrams_dir, corpus_dir, capsys):

@@ -49,6 +49,7 @@ def run(expect: int | None = 0, **arguments: Any) -> subprocess.CompletedProcess
     result = subprocess.run(
         line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
     )
+    remove_shared_memory()
     good = result.returncode != 0 if expect is None else result.returncode == expect
     assert good, f"{' '.join(line)}: exit status {result.returncode}\n{result.stdout[-6000:]}"
     return result
@@ -67,6 +68,14 @@ def run_until(path: Path, **arguments: Any) -> None:
     kill_tree(process.pid)
     process.wait()
     process.stdout.close()
+    remove_shared_memory()
+
+
+def remove_shared_memory() -> None:
+    """Delete what killed runs left; each run has a port of its own, so that none would ever be reused."""
+    for path in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"):
+        if time.time() - path.stat().st_mtime > 60:
+            path.unlink(missing_ok=True)
 
 
 def kill_tree(pid: int) -> None:

@@ -28,9 +28,19 @@ def test_corpus_without_ngrams(prepared):
     assert "--corpus and --ngrams belong together" in refused(corpus=prepared.corpus)
 
 
-def test_batch_size_in_sequences(prepared):
-    line = refused(**prepared.arguments(), per_device_train_batch_size=4)
-    assert "--per_device_train_batch_size has no effect" in line and "--max_batch_tokens" in line
+@pytest.mark.parametrize(
+    "name, value, reason",
+    [
+        ("per_device_train_batch_size", 4, "use --max_batch_tokens"),
+        ("data_seed", 3, "--seed"),
+        ("label_smoothing_factor", 0.1, "not supported"),
+        ("save_only_model", True, "cannot be resumed"),
+        ("gradient_checkpointing", True, "not supported"),
+    ],
+)
+def test_trainer_flag_that_would_be_ignored(prepared, name, value, reason):
+    line = refused(**prepared.arguments(), **{name: value})
+    assert f"--{name} " in line and reason in line
 
 
 def test_budget_below_the_longest_sequence(prepared, tmp_path):
@@ -91,7 +101,11 @@ def test_work_dir_prepared_from_another_genome(prepared, tmp_path):
     assert "was prepared from other FASTA files" in refused(fasta=other, **arguments)
 
 
-@pytest.mark.parametrize("layout", [{}, {"zero": 2}], ids=["plain", "zero2"])
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"zero": 2}, {"zero": 2, "bf16": True}, {"zero": 3, "processes": 2}],
+    ids=["plain", "zero2", "zero2-bf16", "zero3-2"],
+)
 def test_gradient_that_is_not_finite_stops_before_the_optimizer(prepared, tmp_path, layout):
     """Step 2 throws the weights out of range, step 3 sees it: its update is not made and nothing is saved after it."""
     arguments = {**prepared.arguments(), **layout, "output_dir": tmp_path, "save_steps": 1, "max_steps": 6}
@@ -116,6 +130,8 @@ def test_full_disk_keeps_the_last_checkpoint(prepared, tmp_path):
     result = subprocess.run(
         command(**{**arguments, "max_steps": 4}), env=environment(), preexec_fn=limit, capture_output=True, text=True
     )
-    assert result.returncode != 0
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("dnazen: error:") and str(tmp_path / "checkpoint-4") in line
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
     assert "resuming from checkpoint-2" in run(**{**arguments, "max_steps": 4}).stdout
