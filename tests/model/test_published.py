@@ -182,6 +182,21 @@ def test_encoders_alone_from_any_checkpoint(tmp_path, said):
     assert f"{tmp_path}: not used: 8 tensors of its weights (cls.predictions.*, pooler.*)" in said.messages
 
 
+def test_a_name_of_the_hub(tmp_path, said):
+    """From the hub's cache, so without a network; the code beside the weights is not asked for."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--zhihan1996--DNABERT-2-117M"
+    weights = write_dnabert2(folder / "snapshots" / commit, num_hidden_layers=6)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    model = DNAZenForMaskedLM.from_pretrained(
+        "zhihan1996/DNABERT-2-117M", cache_dir=tmp_path, local_files_only=True, ngram_vocab_size=20
+    )
+    name = "bert.encoder.layer.5.mlp.wo.weight"
+    assert torch.equal(model.state_dict()[name], weights[name])
+    assert said.messages[0].startswith("zhihan1996/DNABERT-2-117M: newly initialised")
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
