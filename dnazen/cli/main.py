@@ -1,4 +1,4 @@
-"""The `dnazen` command: from FASTA files to a tokenizer, a corpus and its G-grams; a trained model in published form."""
+"""The `dnazen` command: from FASTA files to a tokenizer, a corpus and its G-grams; models in published form."""
 
 import argparse
 import csv

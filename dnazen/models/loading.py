@@ -71,7 +71,10 @@ class StrictLoading:
     def _check_weights(cls, model: Any, source: Any, info: dict[str, Any], ignore_mismatched_sizes: bool) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
-        misshaped = {name: f"{name} (expected {[*want]}, found {[*got]})" for name, got, want in info["mismatched_keys"]}
+        misshaped = {
+            name: f"{name} (expected {list(expected)}, found {list(found)})"
+            for name, found, expected in info["mismatched_keys"]
+        }
         new: set[str] = set()
         for part in cls.new_parts:
             members = {name for name in parameters if _belongs(name, part)}
@@ -86,7 +89,7 @@ class StrictLoading:
             raise InputError(f"{source}: expected the weights of {cls.__name__}, found {found}")
         for name, tied_to in (model._tied_weights_keys or {}).items():
             if model.config.tie_word_embeddings and parameters[name] is not parameters[tied_to]:
-                raise InputError(f"{source}: expected {name} to equal {tied_to} (tie_word_embeddings), found other values")
+                raise InputError(f"{source}: expected {name} to equal {tied_to} (tie_word_embeddings), found it does not")
 
         # under ZeRO-3 a parameter's own size is that of this process's share
         sizes = {name: getattr(parameter, "ds_numel", parameter.numel()) for name, parameter in parameters.items()}

@@ -47,7 +47,7 @@ def export_model(model_dir: str | PathLike, output_dir: str | PathLike) -> int:
     vocabulary = NgramVocabulary.from_pretrained(model_dir, tokenizer)
     if vocabulary.max_ngrams is None:
         logger.warning(
-            "%s: no limit of G-grams per sequence (max_ngram_count null); programs made for the published models need one",
+            "%s: no limit of G-grams per sequence (max_ngram_count null); programs for the published models need one",
             model_dir,
         )
     model = _CLASSES[architecture].from_pretrained(model_dir, dtype=torch.float32)

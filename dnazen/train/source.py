@@ -119,5 +119,5 @@ def fetch_model(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=["*.json", _WEIGHTS[1]]))
     except Exception as error:  # of the network, of the hub, of the name
         reason = str(error).splitlines()[0]
-        raise InputError(f"{name}: no such folder, and the Hugging Face hub did not give such a model: {reason}") from error
+        raise InputError(f"{name}: no such folder, and the Hugging Face hub gave no such model: {reason}") from error
     return folder

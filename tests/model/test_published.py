@@ -164,7 +164,8 @@ def test_classifier_from_masked_lm_checkpoints(tmp_path, said):
     new = 48 * 48 + 48 + 3 * 48 + 3
     folder = tmp_path / "dnazen"
     assert said.messages == [
-        f"{folder}: newly initialised, because not in its weights: 4 tensors, {new:,} parameters (classifier.*, pooler.*)",
+        f"{folder}: newly initialised, because not in its weights: 4 tensors, {new:,} parameters "
+        "(classifier.*, pooler.*)",
         f"{folder}: not used: 5 tensors of its weights (cls.predictions.*)",
     ]
     said.clear()

@@ -97,9 +97,8 @@ def test_what_is_no_model(trained, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "encoder")
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "encoder" / "config.json").write_text(json.dumps({**config, "architectures": ["DNAZenModel"]}))
-    assert "architectures: expected DNAZenForMaskedLM or DNAZenForSequenceClassification, found ['DNAZenModel']" in refused(
-        capsys, "--model", tmp_path / "encoder", "--output-dir", out
-    )
+    line = refused(capsys, "--model", tmp_path / "encoder", "--output-dir", out)
+    assert "expected DNAZenForMaskedLM or DNAZenForSequenceClassification, found ['DNAZenModel']" in line
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert f"{weights}: expected weights, found a damaged file" in refused(

@@ -107,7 +107,8 @@ def test_the_older_form_of_ngrams(dnazen, corpus, vocabulary):
     write_ngrams(dnazen, {ngram: ngram_id - 1 for ngram, ngram_id in entries.items()}, older=True)
     config = json.loads((dnazen / "config.json").read_text())
     (dnazen / "config.json").write_text(json.dumps({**config, "ngram_vocab_size": len(entries)}))
-    with pytest.raises(InputError, match=rf"ngram_vocab_size: expected at least {len(entries) + 1}, found {len(entries)}"):
+    message = f"ngram_vocab_size: expected at least {len(entries) + 1}, found {len(entries)}"
+    with pytest.raises(InputError, match=message):
         Source.open(str(dnazen), corpus)
 
 
