@@ -89,7 +89,7 @@ class StrictLoading:
             raise InputError(f"{source}: expected the weights of {cls.__name__}, found {found}")
         for name, tied_to in (model._tied_weights_keys or {}).items():
             if model.config.tie_word_embeddings and parameters[name] is not parameters[tied_to]:
-                raise InputError(f"{source}: expected {name} to equal {tied_to} (tie_word_embeddings), found it does not")
+                raise InputError(f"{source}: expected {name} to equal {tied_to} (tie_word_embeddings), found others")
 
         # under ZeRO-3 a parameter's own size is that of this process's share
         sizes = {name: getattr(parameter, "ds_numel", parameter.numel()) for name, parameter in parameters.items()}

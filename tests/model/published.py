@@ -20,9 +20,10 @@ NGRAM_FIELDS = ("num_hidden_ngram_layers", "ngram_vocab_size", "max_ngram_count"
 
 def shapes(
     vocab_size: int, hidden_size: int, num_hidden_layers: int, intermediate_size: int,
-    num_hidden_ngram_layers: int = 0, ngram_vocab_size: int = 0, head: str = "mlm", pooler: bool = False, num_labels: int = 2, **_,
+    num_hidden_ngram_layers: int = 0, ngram_vocab_size: int = 0, head: str = "mlm", pooler: bool = False,
+    num_labels: int = 2, **_,
 ) -> dict[str, tuple[int, ...]]:  # fmt: skip
-    """Names and shapes of a published checkpoint; DNABERT-2's with no G-gram layers; `head` is "mlm" or "classifier"."""
+    """Names and shapes of a published checkpoint; DNABERT-2's without G-grams; `head` is "mlm" or "classifier"."""
     table = {}
 
     def linear(name, rows, columns, bias=True):
