@@ -24,6 +24,7 @@ setup(
         "numpy>=1.26",
         "accelerate>=1.10",
         "safetensors>=0.5",
+        "huggingface-hub>=1.5",
         "dnaio>=1.2",
         "matplotlib>=3.8",
         "psutil>=5.9",

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dnazen.data.tokenizer import load_tokenizer, save_tokenizer
 from dnazen.train.prepare import PACKAGED_GENOME
+from tests.model.published import write_dnabert2
 from tests.train.launch import environment, free_port
 
 # a few steps are enough to see that a command runs; what a reader would wait for is measured elsewhere
@@ -27,6 +29,9 @@ def blocks(text: str, language: str) -> list[str]:
 def run(line: str, folder: Path) -> str:
     """Run one line of the README, shortened, `base` replaced by a small configuration, `hostfile` by this machine."""
     words = line.split()
+    if words[0] == "hf":
+        download(words, folder)
+        return ""
     if words[0] == "deepspeed":
         words = [*words, *SHORT]
         words[1:1] = ["--master_port", str(free_port())]
@@ -38,6 +43,14 @@ def run(line: str, folder: Path) -> str:
     )
     assert result.returncode == 0, f"{' '.join(words)}\n{result.stdout[-5000:]}"
     return result.stdout
+
+
+def download(words: list[str], folder: Path) -> None:
+    """In place of a download: a small DNABERT-2 with random weights and the tokenizer that was trained above."""
+    assert words == "hf download zhihan1996/DNABERT-2-117M --local-dir DNABERT-2-117M".split()
+    tokenizer = load_tokenizer(folder / "my" / "tokenizer")
+    write_dnabert2(folder / "DNABERT-2-117M", vocab_size=len(tokenizer), num_hidden_layers=6)
+    save_tokenizer(tokenizer, folder / "DNABERT-2-117M")
 
 
 @pytest.fixture
@@ -70,6 +83,7 @@ def test_every_command_of_the_readme_runs(root, folder):
     for name in ("final/model.safetensors", "final/ngram.json", "loss_curve.png", "report.json", "run.json"):
         assert (folder / "my" / "model" / name).is_file()
     assert (folder / "runs" / "my_genome" / "tiny" / "final").is_dir()
+    assert (folder / "dnabert2" / "published" / "model.safetensors").is_file()
     for block in blocks(text, "python"):
         output = subprocess.run(
             [sys.executable, "-c", block], cwd=folder, env=environment(), capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""The `dnazen` command: from FASTA files to a tokenizer, a corpus and its G-grams."""
+"""The `dnazen` command: from FASTA files to a tokenizer, a corpus and its G-grams; models in published form."""
 
 import argparse
 import csv
@@ -66,6 +66,9 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--max-len", type=int, default=5, help="tokens of a G-gram at most (%(default)s)")
     command.add_argument("--long-pieces", choices=("drop", "split"), default="drop", help="longer runs (%(default)s)")
     command.add_argument("--num-workers", type=int, default=1, help="processes; same result (%(default)s)")
+
+    command = add_command("export", _export, "write a trained model in the form of the published ones")
+    command.add_argument("--model", required=True, metavar="DIR", help="`final/` or `checkpoint-N/` of a training run")
     return parser
 
 
@@ -86,6 +89,12 @@ def _ngrams(corpus: str, output_dir: str, **parameters: int | float | str) -> No
     with open(Path(output_dir) / "ngrams.tsv") as file:
         for row in itertools.islice(csv.DictReader(file, delimiter="\t"), 10):
             print(f"{int(row['count']):>10,} {float(row['pmi']):6.2f}  {row['tokens']}")
+
+
+def _export(model: str, output_dir: str) -> None:
+    from dnazen.train.export import export_model  # the models take seconds to import
+
+    print(f"parameters  {export_model(model, output_dir):,}, in fp32, under their published names")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ class DNAZenConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)  # "bert" in published configurations
+        kwargs.pop("auto_map", None)  # code that published folders carry and nothing here runs
         super().__post_init__(**kwargs)
         self._validate()
         if kwargs.get("hidden_act", "gelu") != "gelu":
@@ -102,6 +103,28 @@ class DNAZenConfig(PreTrainedConfig):
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
         super()._remove_keys_not_serialized(d)
         d.pop("impl", None)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> tuple[dict, dict]:
+        """As in Hugging Face; published configurations, whose `model_type` is "bert", are taken for what they are.
+
+        Raises:
+            InputError: the configuration is another model's.
+        """
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        found = values.get("model_type", cls.model_type)
+        if found not in (cls.model_type, "bert"):
+            raise InputError(
+                f"{pretrained_model_name_or_path}: model_type: expected {cls.model_type!r}, or 'bert' as in published "
+                f"configurations, found {found!r}"
+            )
+        return {**values, "model_type": cls.model_type}, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in Hugging Face, but fields given by name take part in the checks."""
+        given = {field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs}
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
     @classmethod
     def from_size(cls, size_or_json_path: str | os.PathLike, **overrides: Any) -> "DNAZenConfig":

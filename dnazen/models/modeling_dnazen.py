@@ -23,6 +23,7 @@ from dnazen.layers.encoder import Embeddings, FusedEncoder
 from dnazen.layers.fusion import packed_add_norm, padded_add_norm
 from dnazen.layers.padding import PackedBatch, PaddedLayout, batch_without_ngrams, dense_matching_matrix, pack_batch
 from dnazen.models.configuration_dnazen import DNAZenConfig
+from dnazen.models.loading import CLASSIFIER, MLM_HEAD, NGRAM_PART, POOLER, StrictLoading
 
 IGNORE_INDEX = -100
 
@@ -91,8 +92,8 @@ def _pooler(config: DNAZenConfig) -> nn.Sequential:
     return nn.Sequential(OrderedDict(dense=dense, activation=nn.Tanh()))
 
 
-class DNAZenPreTrainedModel(PreTrainedModel):
-    """Weights (normal with `initializer_range`, zero biases), loading and saving, as in Hugging Face's BERT."""
+class DNAZenPreTrainedModel(StrictLoading, PreTrainedModel):
+    """Weights (normal with `initializer_range`, zero biases) and saving as in Hugging Face's BERT; strict loading."""
 
     config_class = DNAZenConfig
     base_model_prefix = "bert"
@@ -102,6 +103,8 @@ class DNAZenPreTrainedModel(PreTrainedModel):
 
 class DNAZenModel(DNAZenPreTrainedModel):
     """Both encoders, without a head; with a pooler if asked for (classification has one, masked LM has none)."""
+
+    unused_parts = (POOLER, MLM_HEAD, CLASSIFIER)
 
     def __init__(self, config: DNAZenConfig, add_pooling_layer: bool = False) -> None:
         super().__init__(config)
@@ -228,6 +231,7 @@ class DNAZenForMaskedLM(DNAZenWithHead):
     `num_items_in_batch` (default: the masked positions at hand); it is 0 if nothing is masked.
     """
 
+    unused_parts = (POOLER,)
     _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
     accepts_loss_kwargs = True  # tells Trainer that num_items_in_batch is heeded
     output_class = MaskedLMOutput
@@ -263,6 +267,8 @@ class DNAZenForSequenceClassification(DNAZenWithHead):
     `logits` is `[B, num_labels]`; `loss`, if `labels` are given, is what `problem_type` means in Hugging Face's models.
     """
 
+    new_parts = (NGRAM_PART, CLASSIFIER + POOLER, CLASSIFIER)  # DNABERT-2 may come with a pooler
+    unused_parts = (MLM_HEAD,)
     accepts_loss_kwargs = False  # tells Trainer that the loss is a mean over the sequences at hand
     output_class = SequenceClassifierOutput
 

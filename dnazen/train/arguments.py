@@ -1,6 +1,7 @@
 """Arguments of pretraining: ours, and Hugging Face's `TrainingArguments` with defaults that suit it."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
@@ -42,7 +43,16 @@ class DataArguments:
     corpus: str | None = field(default=None, metadata={"help": "folder written by `dnazen corpus`"})
     ngrams: str | None = field(default=None, metadata={"help": "folder written by `dnazen ngrams`"})
     work_dir: str = field(default="runs", metadata={"help": "where --fasta is prepared and default outputs go"})
-    model: str = field(default="tiny", metadata={"help": "tiny, base, large, xlarge, or a config.json"})
+    model: str | None = field(
+        default=None, metadata={"help": "tiny, base, large, xlarge, or a config.json; default: tiny"}
+    )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "model to start from: a folder, or a name on the Hugging Face hub, such as "
+            "zhihan1996/DNABERT-2-117M; the corpus must be made with its tokenizer"
+        },
+    )
     max_batch_tokens: int | None = field(
         default=None, metadata={"help": "tokens of a micro-batch on one device; default: by model size"}
     )
@@ -63,12 +73,24 @@ class DataArguments:
             raise InputError("--corpus and --ngrams belong together: give both, or neither and --fasta")
         if self.corpus is not None and self.fasta is not None:
             raise InputError("--fasta prepares a corpus of its own; it does not go with --corpus and --ngrams")
+        if self.init_from is not None:
+            if self.model is not None:
+                raise InputError("--init_from brings the model's configuration; it does not go with --model")
+            if self.corpus is None:
+                raise InputError("--init_from needs --corpus, made with that model's tokenizer, and --ngrams")
+        elif self.model is None:
+            self.model = "tiny"
         if not 0 < self.mlm_probability < 1:
             raise InputError(f"--mlm_probability must lie between 0 and 1, got {self.mlm_probability}")
         for name in ("max_batch_tokens", "max_ngrams"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} must be at least 1, got {value}")
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called in output and in the default output folder."""
+        return Path(self.model).stem if self.init_from is None else Path(self.init_from).name
 
 
 @dataclass

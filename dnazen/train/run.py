@@ -24,6 +24,7 @@ from dnazen.train.arguments import SIZE_DEFAULTS, DataArguments, PretrainingArgu
 from dnazen.train.checkpoint import Checkpoint, choose_checkpoint, copy_model, list_differences, publish_folder
 from dnazen.train.metrics import Score, baseline_scores, count_tokens, format_scores, plot_loss_curve
 from dnazen.train.prepare import PACKAGED_GENOME, genome_name, prepare_data
+from dnazen.train.source import Source
 from dnazen.train.trainer import PretrainingTrainer
 
 # the held-out part is masked the same way in every run: plain 15 % of tokens
@@ -47,7 +48,8 @@ def main() -> int:
         # Trainer's arguments join the process group, so the data is prepared before they are parsed
         data_args, rest = HfArgumentParser(DataArguments).parse_args_into_dataclasses(return_remaining_strings=True)
         HfArgumentParser(PretrainingArguments).parse_args(rest)
-        DNAZenConfig.from_size(data_args.model)
+        if data_args.init_from is None:
+            DNAZenConfig.from_size(data_args.model)
         name = Path(data_args.corpus).resolve().name if data_args.corpus else None
         if data_args.corpus is None:
             fasta = data_args.fasta or [str(PACKAGED_GENOME)]
@@ -56,7 +58,7 @@ def main() -> int:
             data_args.corpus, data_args.ngrams = str(corpus_dir), str(ngrams_dir)
         max_batch_tokens, learning_rate = SIZE_DEFAULTS.get(data_args.model, SIZE_DEFAULTS["base"])
         data_args.max_batch_tokens = data_args.max_batch_tokens or max_batch_tokens
-        output_dir = Path(data_args.work_dir) / name / Path(data_args.model).stem
+        output_dir = Path(data_args.work_dir) / name / data_args.model_name
         # what stands later on a command line wins
         rest = ["--learning_rate", str(learning_rate), "--output_dir", str(output_dir), *rest]
         try:
@@ -86,6 +88,8 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
         FloatingPointError: the gradient is no longer finite.
     """
     main_process = args.process_index == 0
+    if not main_process:
+        logging.getLogger("dnazen").setLevel(logging.ERROR)  # one process says it
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # of file writing; training keeps its own
     set_seed(args.seed)
@@ -94,13 +98,19 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
     if data_args.max_ngrams is not None:
         vocabulary = dataclasses.replace(vocabulary, max_ngrams=data_args.max_ngrams)
     train_dataset, eval_dataset, masking = build_datasets(data_args, args.seed, corpus, vocabulary)
-    config = build_config(data_args, corpus, vocabulary)
+    source = Source.open(data_args.init_from, corpus) if data_args.init_from else None
+    config = build_config(data_args, corpus, vocabulary, source)
 
     output_dir = Path(args.output_dir)
     resume = None if args.resume_from_checkpoint in ("True", "true", "last", "latest") else args.resume_from_checkpoint
     (checkpoint,) = broadcast_object_list([choose_checkpoint(output_dir, resume) if main_process else None])
+    model = DNAZenForMaskedLM(config)
+    if source is not None and checkpoint is None:
+        started = source.load_weights(model, vocabulary, args.deepspeed and args.hf_deepspeed_config)
+        if main_process:
+            print(started, flush=True)
     trainer = PretrainingTrainer(
-        model=DNAZenForMaskedLM(config),
+        model=model,
         args=args,
         processing_class=corpus.tokenizer,
         train_dataset=train_dataset,
@@ -108,7 +118,7 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
         vocabulary=vocabulary,
         max_batch_tokens=data_args.max_batch_tokens,
         checkpoint=checkpoint,
-        agreement=build_agreement(data_args, args, corpus, vocabulary, masking, config),
+        agreement=build_agreement(data_args, args, corpus, vocabulary, masking, config, source),
     )
     if main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -126,7 +136,7 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
     if main_process:
         copy_model(last, output_dir / ".final.tmp")
         publish_folder(output_dir / ".final.tmp", output_dir / "final")
-        report(trainer, evaluated[-1], corpus, data_args.model)
+        report(trainer, evaluated[-1], corpus, data_args.model_name)
         print(f"model: {output_dir / 'final'}\nnewest checkpoint: {last}\nloss curve: {output_dir / 'loss_curve.png'}")
 
 
@@ -137,6 +147,7 @@ def build_agreement(
     vocabulary: NgramVocabulary,
     masking: Masking,
     config: DNAZenConfig,
+    source: Source | None,
 ) -> dict[str, Any]:
     """What a run and the checkpoint it resumes from must have in common, as it reads back from JSON."""
     training, deepspeed = args.to_dict(), args.deepspeed and args.hf_deepspeed_config
@@ -148,6 +159,7 @@ def build_agreement(
         "masking": masking,
         "max_batch_tokens": data_args.max_batch_tokens,
         "seed": args.seed,
+        "init_from": source and source.checksum,
         "model": {key: value for key, value in config.to_diff_dict().items() if key not in RUNTIME_KEYS},
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "engine": f"DeepSpeed ZeRO-{deepspeed.get_value('zero_optimization.stage', 0)}" if deepspeed else "PyTorch",
@@ -170,16 +182,19 @@ def build_datasets(
     return train_dataset, PackedDataset(corpus.validation, held_out), masking
 
 
-def build_config(data_args: DataArguments, corpus: Corpus, vocabulary: NgramVocabulary) -> DNAZenConfig:
+def build_config(
+    data_args: DataArguments, corpus: Corpus, vocabulary: NgramVocabulary, source: Source | None
+) -> DNAZenConfig:
     """The model's configuration, with sizes and ids that come from the data."""
     tokenizer = corpus.tokenizer
-    return DNAZenConfig.from_size(
-        data_args.model,
-        vocab_size=len(tokenizer),
-        ngram_vocab_size=vocabulary.vocab_size,
-        max_ngram_count=vocabulary.max_ngrams,
+    from_data = {
+        "ngram_vocab_size": vocabulary.vocab_size,
+        "max_ngram_count": vocabulary.max_ngrams,
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep", "mask", "unk")},
-    )
+    }
+    if source is None:
+        return DNAZenConfig.from_size(data_args.model, vocab_size=len(tokenizer), **from_data)
+    return DNAZenConfig.from_pretrained(source.folder, **from_data)
 
 
 def run_record(data_args: DataArguments, trainer: PretrainingTrainer) -> dict[str, Any]:
@@ -211,7 +226,7 @@ def describe(
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
     lines = [
-        f"DNAZEN {Path(data_args.model).stem}: {parameters / 1e6:.1f} M parameters, {agreement['precision']}, "
+        f"DNAZEN {data_args.model_name}: {parameters / 1e6:.1f} M parameters, {agreement['precision']}, "
         f"{agreement['engine']}, {args.world_size} process(es) on {device}, "
         f"attention {config._attn_implementation}, operators {config.impl}",
         f"data: {corpus.train.num_tokens:,} tokens in {len(corpus.train):,} sequences, "
@@ -228,14 +243,14 @@ def describe(
     return "\n".join(lines)
 
 
-def report(trainer: PretrainingTrainer, metrics: dict[str, float], corpus: Corpus, size: str) -> None:
+def report(trainer: PretrainingTrainer, metrics: dict[str, float], corpus: Corpus, model_name: str) -> None:
     """Print and write what came out: scores beside baselines, speed, mask rate, files."""
     output_dir = Path(trainer.args.output_dir)
     tokenizer = corpus.tokenizer
     unigrams, pairs = count_tokens(corpus.train, len(tokenizer))
     batches = (trainer.eval_dataset[micro_batch][0] for micro_batch in trainer.eval_micro_batches)
     baselines = baseline_scores(unigrams, pairs, batches, tokenizer.all_special_ids)
-    name = f"DNAZEN {Path(size).stem}"
+    name = f"DNAZEN {model_name}"
     scores = {name: Score(metrics["eval_loss"], metrics["eval_accuracy"]), **baselines}
     plot_loss_curve(output_dir / "loss_curve.png", trainer.state.log_history, baselines, name)
     tokens, ordinary, masked, dropped = trainer.totals.tolist()

@@ -1,0 +1,123 @@
+"""The model a run starts from (`--init_from`): where it lies, what it must share with the data, and its weights."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from dnazen.data.shards import Corpus
+from dnazen.data.tokenizer import load_tokenizer, tokenizer_checksum
+from dnazen.files import InputError, read_json, sha256_file
+from dnazen.models import DNAZenForMaskedLM
+from dnazen.ngram.vocab import NGRAM_FILE, PAD_NGRAM_ID, NgramVocabulary
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first that a folder has are read
+_EMBEDDINGS = "bert.ngram_embeddings.word_embeddings.weight"
+
+
+class Source(NamedTuple):
+    """A model with a masked-language head: DNABERT-2, DNAZEN-1.0, or one that was trained here."""
+
+    name: str  # as given
+    folder: Path
+    vocabulary: NgramVocabulary | None  # None: it has no G-grams
+    checksum: str  # of its configuration, weights and G-grams
+
+    @classmethod
+    def open(cls, name: str, corpus: Corpus) -> "Source":
+        """Find a model, a folder or a name on the Hugging Face hub, to go on training on a corpus.
+
+        Raises:
+            InputError: there is no such model; a file is missing or does not fit the others; its tokenizer is not the
+                corpus's.
+        """
+        folder = fetch_model(name)
+        tokenizer = load_tokenizer(folder)
+        expected, found = tokenizer_checksum(tokenizer), tokenizer_checksum(corpus.tokenizer)
+        if found != expected:
+            raise InputError(
+                f"{corpus.path}: expected a corpus made with the tokenizer of {name} ({len(tokenizer):,} tokens, "
+                f"SHA-256 {expected}), found another ({len(corpus.tokenizer):,} tokens, SHA-256 {found})"
+            )
+        config = read_json(folder / "config.json", "a model's configuration")
+        vocabulary = NgramVocabulary.from_pretrained(folder, tokenizer) if (folder / NGRAM_FILE).is_file() else None
+        sizes = {"vocab_size": len(tokenizer), **({"ngram_vocab_size": vocabulary.vocab_size} if vocabulary else {})}
+        for field, size in sizes.items():
+            if config.get(field, 0) < size:
+                raise InputError(f"{folder}/config.json: {field}: expected at least {size}, found {config.get(field)}")
+        if vocabulary is None and "ngram_vocab_size" in config:
+            raise InputError(f"{folder}: expected {NGRAM_FILE}, because config.json has G-grams, found none")
+        files = next((found for pattern in _WEIGHTS if (found := sorted(folder.glob(pattern)))), [])
+        if not files:
+            raise InputError(f"{folder}: expected weights ({' or '.join(_WEIGHTS)}), found none")
+        files += [folder / "config.json", *[folder / NGRAM_FILE] * (vocabulary is not None)]
+        content = json.dumps([[file.name, sha256_file(file)] for file in files])
+        return cls(name, folder, vocabulary, hashlib.sha256(content.encode()).hexdigest())
+
+    def load_weights(self, model: DNAZenForMaskedLM, vocabulary: NgramVocabulary, deepspeed_config: Any = None) -> str:
+        """Give `model` the source's weights; of G-gram embeddings those of `vocabulary`, matched by their tokens.
+
+        G-grams the source does not have, and without any in the source the whole G-gram part, keep their random start.
+
+        Args:
+            model: of the source's sizes, with an embedding for each id of `vocabulary`; not yet partitioned.
+            deepspeed_config: Hugging Face's, if the run has one.
+
+        Returns:
+            What became of the G-grams, in a line.
+
+        Raises:
+            InputError: see `StrictLoading.from_pretrained`; or the weights have no G-grams though the source does.
+        """
+        if deepspeed_config is not None:  # the source stays whole under ZeRO-3: `model` is partitioned by the engine
+            unset_hf_deepspeed_config()
+        try:
+            options = {} if self.vocabulary else {"ngram_vocab_size": vocabulary.vocab_size}
+            source, info = DNAZenForMaskedLM.from_pretrained(
+                self.folder, dtype=torch.float32, output_loading_info=True, **options
+            )
+        finally:
+            if deepspeed_config is not None:
+                set_hf_deepspeed_config(deepspeed_config)
+        weights = source.state_dict()
+        count = len(vocabulary.ngrams)
+        if self.vocabulary is None:
+            model.load_state_dict(weights)
+            return f"started from {self.name}, which has no G-grams: {count:,} start at random, and their encoder"
+        if _EMBEDDINGS in info["missing_keys"]:
+            raise InputError(f"{self.folder}: expected weights of the G-grams in {NGRAM_FILE}, found none")
+        ids = dict(zip(self.vocabulary.ngrams, self.vocabulary.ids))
+        shared = [(ngram_id, ids[ngram]) for ngram, ngram_id in zip(vocabulary.ngrams, vocabulary.ids) if ngram in ids]
+        targets, origins = map(list, zip((PAD_NGRAM_ID, PAD_NGRAM_ID), *shared))
+        embeddings = model.state_dict()[_EMBEDDINGS].clone()
+        embeddings[targets] = weights[_EMBEDDINGS][origins]
+        model.load_state_dict({**weights, _EMBEDDINGS: embeddings})
+        return (
+            f"started from {self.name}; of {count:,} G-grams {len(shared):,} keep their embedding, "
+            f"{count - len(shared):,} start at random; {len(ids) - len(shared):,} of its G-grams are not used"
+        )
+
+
+def fetch_model(name: str) -> Path:
+    """The folder of a model: `name` itself, or where the Hugging Face hub's model of that name was downloaded to.
+
+    Raises:
+        InputError: there is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(f"{name}: expected a folder, or a model's name on the Hugging Face hub (owner/name)")
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", _WEIGHTS[0]]))
+        if not list(folder.glob(_WEIGHTS[0])):
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", _WEIGHTS[1]]))
+    except Exception as error:  # of the network, of the hub, of the name
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{name}: no such folder, and the Hugging Face hub gave no such model: {reason}") from error
+    return folder
