@@ -1,0 +1,213 @@
+"""Times of every operator's implementations on real batches, in one run and on one device.
+
+    python -m benchmarks.run [--op OP] [--mode fwd|bwd|fwdbwd] [--fasta FILE --tokenizer DIR]
+
+Runs an operator's tests first and times nothing that fails them. Appends one row per measurement to
+`benchmarks/results/<device>.csv`: what runs on the GPU to the GPU's file, what runs on one CPU core to the CPU's.
+Without a GPU the operators that need one are left out, and no row is written for them. Columns: README.md here.
+"""
+
+import argparse
+import csv
+import datetime
+import gc
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.batches import Batch, add_genome_arguments, load_genomes, make_batch
+from benchmarks.registry import MODES, OPERATORS, Case, Operator
+from benchmarks.yeast import ROOT, processor
+
+QUANTILES = (0.2, 0.5, 0.8)
+SEQUENCE_LENGTHS = (128, 512)  # tokens at most
+BATCH_TOKENS = (32_768, 262_144)
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}  # far beyond any cache
+CPU_SECONDS = 2.0  # of repetitions of one measurement
+COLUMNS = (
+    "op", "impl", "mode", "dtype", "shape", "p20_ms", "p50_ms", "p80_ms", "peak_mib", "gb_per_s", "share_of_copy",
+    "ratio_to_baseline", "device", "driver", "torch", "triton", "commit", "dirty", "date",
+)  # fmt: skip
+
+
+def tests_pass(path: str) -> bool:
+    command = [sys.executable, "-m", "pytest", "-q", path]
+    return subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def quantiles_ms(function: Callable[[], Any], device: torch.device, leaves: list[torch.Tensor]) -> list[float]:
+    """Times of one call at QUANTILES, without the gradients of the call before."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(function, quantiles=list(QUANTILES), grad_to_none=leaves)
+    function()
+    times, started = [], time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - started < CPU_SECONDS and len(times) < 1000):
+        begin = time.perf_counter()
+        function()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return torch.quantile(torch.tensor(times), torch.tensor(QUANTILES)).tolist()
+
+
+def timed_function(case: Case, mode: str) -> Callable[[], Any]:
+    """What a mode times; the backward alone goes over one graph again and again."""
+    if mode == "fwd":
+        return case.run
+    if mode == "bwd":
+        output = case.run()
+        return lambda: output.backward(case.grad, retain_graph=True)
+    return lambda: case.run().backward(case.grad)
+
+
+def peak_mib(function: Callable[[], Any], leaves: list[torch.Tensor]) -> float:
+    """MiB allocated at most during one call, beyond what was there before."""
+    for leaf in leaves:
+        leaf.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def copy_gb_per_s(device: torch.device) -> float:
+    """Measured bandwidth of a copy, bytes read and written."""
+    source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / 1e6 / quantiles_ms(lambda: target.copy_(source), device, [])[1]
+
+
+def describe_machine() -> dict[str, Any]:
+    def output(*command: str) -> str:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    return {
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "commit": output("git", "rev-parse", "HEAD"),
+        "dirty": bool(output("git", "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def describe_device(device: torch.device) -> dict[str, str]:
+    if device.type == "cpu":
+        return {"device": f"{processor()}, 1 core", "driver": ""}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    return {"device": torch.cuda.get_device_name(device), "driver": driver}
+
+
+def devices_of(operator: Operator) -> set[str]:
+    """Kinds of devices, of those here, that some implementation runs on."""
+    here = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
+    return here & {kind for kind, _ in operator.implementations.values()}
+
+
+def measure(name: str, batch: Batch, shape: str, modes: list[str], copy_speed: dict[str, float]) -> Iterator[dict]:
+    """Rows of one operator on one batch, the baseline's first, since the others are compared with it."""
+    operator = OPERATORS[name]
+    implementations = sorted(operator.implementations.items(), key=lambda item: item[0] != operator.baseline)
+    for hidden_size in operator.hidden_sizes:
+        for dtype in operator.dtypes:
+            baseline: dict[str, float] = {}
+            for impl, (kind, prepare) in implementations:
+                if kind not in devices_of(operator):
+                    continue
+                device = torch.device(kind)
+                inputs = operator.make_inputs(batch, hidden_size, dtype, device)
+                torch.compiler.reset()  # else compiled code of other shapes counts towards its limit of versions
+                for mode in modes:
+                    case = function = None
+                    gc.collect()
+                    try:
+                        # A graph that is gone over twice must keep its buffers.
+                        with torch._functorch.config.patch(donated_buffer=False):
+                            case = prepare(inputs)
+                            function = timed_function(case, mode)
+                            p20, p50, p80 = quantiles_ms(function, device, case.leaves)
+                        peak = peak_mib(function, case.leaves) if kind == "cuda" else None
+                    except torch.OutOfMemoryError:
+                        print(f"{name}, {impl}, {mode}, {shape}: does not fit the memory; no row")
+                        continue
+                    if impl == operator.baseline:
+                        baseline[mode] = p50
+                    speed = operator.num_bytes[mode](inputs.sizes) / 1e6 / p50
+                    sizes = inputs.sizes
+                    yield {
+                        "op": name, "impl": impl, "mode": mode, "dtype": str(dtype).removeprefix("torch."),
+                        "shape": f"{shape} T={sizes.num_tokens} B={sizes.num_sequences} N={sizes.num_ngrams} "
+                        f"E={sizes.num_edges}" + f" H={hidden_size}" * bool(hidden_size),
+                        "p20_ms": f"{p20:.4g}", "p50_ms": f"{p50:.4g}", "p80_ms": f"{p80:.4g}",
+                        "peak_mib": None if peak is None else f"{peak:.1f}", "gb_per_s": f"{speed:.4g}",
+                        "share_of_copy": f"{speed / copy_speed[kind]:.4g}",
+                        "ratio_to_baseline": f"{baseline[mode] / p50:.4g}" if mode in baseline else None,
+                        **describe_device(device),
+                    }  # fmt: skip
+
+
+def write_row(row: dict[str, Any], folder: Path) -> None:
+    """Append to the file of the row's device."""
+    slug = re.sub(r"[^a-z0-9]+", "-", row["device"].lower()).strip("-")
+    path = folder / f"{slug}.csv"
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=OPERATORS, help="one operator (all)")
+    parser.add_argument("--mode", choices=MODES, help="one direction (all that the operator has)")
+    add_genome_arguments(parser)
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET is set: the times of an interpreter say nothing")
+
+    torch.set_num_threads(1)
+    names, verdicts = [args.op] if args.op else list(OPERATORS), {}
+    for name in list(names):
+        operator = OPERATORS[name]
+        if not devices_of(operator):
+            print(f"{name}: not measured and nothing recorded, for it needs a CUDA device")
+            names.remove(name)
+            continue
+        if operator.tests not in verdicts:
+            verdicts[operator.tests] = tests_pass(operator.tests)
+        if not verdicts[operator.tests]:
+            print(f"{name}: {operator.tests} fails, so there is no speed to report")
+            names.remove(name)
+
+    if names:
+        machine = describe_machine()
+        kinds = set().union(*(devices_of(OPERATORS[name]) for name in names))
+        copy_speed = {kind: copy_gb_per_s(torch.device(kind)) for kind in sorted(kinds)}
+        for kind, speed in copy_speed.items():
+            print(f"copy on {describe_device(torch.device(kind))['device']}: {speed:.1f} GB/s")
+        for length, genome in load_genomes(args.fasta, args.tokenizer, SEQUENCE_LENGTHS).items():
+            for num_tokens in BATCH_TOKENS:
+                batch = make_batch(genome, num_tokens)
+                for name in names:
+                    modes = [mode for mode in OPERATORS[name].num_bytes if args.mode in (None, mode)]
+                    shape = f"{genome.name} S={length}"
+                    for row in measure(name, batch, shape, modes, copy_speed):
+                        write_row({**row, **machine}, ROOT / "benchmarks" / "results")
+                        print(*(row[column] for column in COLUMNS if column in row), flush=True)
+    sys.exit(not all(verdicts.values()))
+
+
+if __name__ == "__main__":
+    main()

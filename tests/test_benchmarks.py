@@ -1,0 +1,140 @@
+"""The benchmarks' machinery at small sizes, without a clock: implementations agree, bytes and rows are right."""
+
+import csv
+import functools
+
+import pytest
+import torch
+
+from benchmarks import registry, run
+from benchmarks.batches import Genome, make_batch
+from benchmarks.registry import MODES, OPERATORS, Sizes
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Three sequences of 12, 7 and 9 tokens with special ones; G-grams overlap and repeat."""
+    vocabulary = {(7, 8): 1, (8, 9, 7): 2, (11, 12): 3}
+    sequences = [[7, 8, 9, 7, 8, 5, 6, 11, 12, 13], [5, 6, 5, 6, 5], [11, 12, 11, 12, 7, 8, 6]]
+    return make_batch(Genome("toy", sequences, vocabulary, 16), 28)
+
+
+def outputs(name, batch, device, hidden_size=24, dtype=torch.float32):
+    """Per implementation: its packed output, and the leaves' gradients after each mode."""
+    operator = OPERATORS[name]
+    for impl, (kind, prepare) in operator.implementations.items():
+        device_of_impl = device if kind == "cuda" else torch.device("cpu")
+        inputs = operator.make_inputs(batch, hidden_size, dtype, device_of_impl)
+        for mode in operator.num_bytes:
+            case = prepare(inputs)
+            function = run.timed_function(case, mode)
+            output = function()
+            if mode == "fwd":
+                yield impl, "output", case.packed(output)
+            else:
+                for position, leaf in enumerate(case.leaves):
+                    grad = leaf.grad
+                    if grad.dim() == 3:
+                        layout = inputs.ngrams if position == len(case.leaves) - 1 else inputs.tokens
+                        grad = layout.unpad(grad)
+                    yield impl, f"{mode} {position}", grad
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_all_implementations_agree(name, batch, device, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    found = {}
+    with torch._functorch.config.patch(donated_buffer=False):
+        for impl, what, value in outputs(name, batch, device):
+            found.setdefault(what, {})[impl] = value
+    assert found["output"].keys() == OPERATORS[name].implementations.keys()
+    for values in found.values():
+        expected = values[OPERATORS[name].baseline]
+        for value in values.values():
+            if isinstance(expected, dict):
+                assert value == expected
+            else:
+                torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)  # fp32 sums of 24 to 28 numbers
+
+
+def test_a_batch_is_counted_by_hand(batch):
+    """Matches: 7 8 (twice), 8 9 7, 11 12 in the first sequence; none in the second; 11 12 (twice), 7 8 in the third."""
+    inputs = registry.integer_inputs(batch, 0, torch.int64, torch.device("cpu"))
+    assert inputs.sizes == Sizes(28, 3, 5, 4 + 3 + 2 + 4 + 2, 5 + 2 + 6, num_ordinary_ids=11)
+    assert batch.cu_seqlens.tolist() == [0, 12, 19, 28]
+    state = registry.fusion_inputs(batch, 24, torch.bfloat16, torch.device("cpu"))
+    assert state.sizes.num_ngrams == len(batch.masked.ngram_input_ids) and state.sizes.itemsize == 2
+    assert state.matrix.sum() == state.sizes.num_edges
+    assert (state.matrix.sum(2) > 0).sum() == state.sizes.num_covered
+
+
+HAND = {  # T=10, B=2, N=3, E=7, C=5 covered, H=4, 2 bytes an element
+    ("ngram_fusion", "fwd"): 10 * 4 * 2 + 3 * 4 * 2 + (11 + 7) * 4 + 10 * 4 * 2,
+    ("ngram_fusion", "bwd"): 5 * 4 * 2 + (4 + 7) * 4 + 3 * 4 * 2,
+    ("residual_layer_norm", "fwd"): 2 * 80 + 2 * 8 + 24 + 72 + 80 + 2 * 10 * 4,
+    ("residual_layer_norm", "bwd"): 3 * 80 + 8 + 2 * 10 * 4 + 44 + 80 + 2 * 8 + 24,
+    # tokens, sequences, prefilter, table; ids, sequences, two views, counts
+    ("ngram_matching", "fwd"): 80 + 12 + 10 + 3 * 16 + (24 + 12 + 72 + 44 + 16),
+    # tokens, ordinary, random, graph, ordinary ids; tokens, labels, graph, counts
+    ("ngram_masking", "fwd"): 80 + 10 + 240 + (24 + 12 + 72 + 44) + 6 * 8 + 80 + 80 + (24 + 12 + 72 + 44) + 8,
+}
+
+
+def test_bytes_by_hand():
+    sizes = Sizes(10, 2, 3, 7, 5, hidden_size=4, itemsize=2, num_ordinary_ids=6)
+    for (name, mode), expected in HAND.items():
+        assert OPERATORS[name].num_bytes[mode](sizes) == expected, (name, mode)
+    for name in ("ngram_fusion", "residual_layer_norm"):
+        assert OPERATORS[name].num_bytes["fwdbwd"](sizes) == HAND[name, "fwd"] + HAND[name, "bwd"]
+        assert tuple(OPERATORS[name].num_bytes) == MODES
+    without = Sizes(10, 2, 0, 0, 0, hidden_size=4, itemsize=2)
+    assert OPERATORS["residual_layer_norm"].num_bytes["fwd"](without) == 3 * 80 + 2 * 8 + 80
+
+
+def test_bytes_agree_with_the_tensors(batch):
+    """Bytes of the tensors themselves, where an operand is read or written whole."""
+    inputs = registry.fusion_inputs(batch, 24, torch.bfloat16, torch.device("cpu"))
+    by_token = sum(tensor.nbytes for tensor in inputs.csr[:2])
+    states = 2 * inputs.x.nbytes + inputs.ngram_states.nbytes
+    assert registry.fusion_forward_bytes(inputs.sizes) == states + by_token
+    whole = registry.integer_inputs(batch, 0, torch.int64, torch.device("cpu"))
+    masked = registry.ngram_masking(whole.input_ids, **whole.graph, **whole.masking)
+    read = [whole.input_ids, *whole.graph.values(), *(x for x in whole.masking.values() if isinstance(x, torch.Tensor))]
+    assert registry.masking_bytes(whole.sizes) == sum(tensor.nbytes for tensor in [*read, *masked])
+
+
+def test_rows_have_every_column_and_go_to_their_device(batch, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "CPU_SECONDS", 0.0)
+    for name in ("ngram_matching", "ngram_masking"):
+        for row in run.measure(name, batch, "toy S=12", ["fwd"], {"cpu": 1.0, "cuda": 1.0}):
+            run.write_row({**row, **run.describe_machine()}, tmp_path)
+    paths = list(tmp_path.iterdir())
+    with next(path for path in paths if "core" in path.name).open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["impl"] for row in rows} == {"PyTorch", "numpy", "plain Python"}
+    for row in rows:
+        assert tuple(row) == run.COLUMNS and row["shape"] == "toy S=12 T=28 B=3 N=5 E=15"
+        assert [float(row[f"p{p}_ms"]) for p in (20, 50, 80)] == sorted(float(row[f"p{p}_ms"]) for p in (20, 50, 80))
+        assert row["impl"] != "plain Python" or row["ratio_to_baseline"] == "1"
+        assert len(row["commit"]) == 40 and row["dirty"] in ("True", "False")
+
+
+def test_without_a_gpu_the_fusion_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("sys.argv", ["run", "--op", "residual_layer_norm"])
+    with pytest.raises(SystemExit) as stop:
+        run.main()
+    assert stop.value.code == 0
+    assert "not measured and nothing recorded" in capsys.readouterr().out
+
+
+def test_no_speed_is_reported_when_tests_fail(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(run, "tests_pass", lambda path: False)
+    monkeypatch.setattr(run, "write_row", lambda *row: pytest.fail("a row was written"))
+    monkeypatch.setattr("sys.argv", ["run", "--op", "ngram_masking"])
+    with pytest.raises(SystemExit) as stop:
+        run.main()
+    assert stop.value.code == 1
+    assert "fails, so there is no speed to report" in capsys.readouterr().out
