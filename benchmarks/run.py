@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -52,9 +53,7 @@ def quantiles_ms(function: Callable[[], Any], device: torch.device, leaves: list
     function()
     times, started = [], time.perf_counter()
     while len(times) < 5 or (time.perf_counter() - started < CPU_SECONDS and len(times) < 1000):
-        begin = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - begin))
+        times.append(1e3 * timeit.timeit(function, number=1))  # without garbage collection
     return torch.quantile(torch.tensor(times), torch.tensor(QUANTILES)).tolist()
 
 
@@ -205,7 +204,7 @@ def main() -> None:
                     shape = f"{genome.name} S={length}"
                     for row in measure(name, batch, shape, modes, copy_speed):
                         write_row({**row, **machine}, ROOT / "benchmarks" / "results")
-                        print(*(row[column] for column in COLUMNS if column in row), flush=True)
+                        print(*(f"{row[column]:>12}" for column in COLUMNS if row.get(column)), flush=True)
     sys.exit(not all(verdicts.values()))
 
 
