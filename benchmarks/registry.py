@@ -91,7 +91,7 @@ class FusionInputs:
     csr: tuple[Tensor, ...]
     tokens: PaddedLayout
     ngrams: PaddedLayout
-    matrix: Tensor  # [B, S, G]
+    matrix: Tensor  # [B, S, G] fp32, as the padded model has it
     sizes: Sizes
 
 
@@ -117,7 +117,7 @@ def fusion_inputs(batch: Batch, hidden_size: int, dtype: torch.dtype, device: to
     sizes = Sizes(
         num_tokens, len(batch.sequences), num_ngrams, len(csr[1]), num_covered, hidden_size, dtype.itemsize
     )
-    matrix = dense_matching_matrix(packed, tokens, ngrams).to(dtype)
+    matrix = dense_matching_matrix(packed, tokens, ngrams)
     return FusionInputs(*states, csr, tokens, ngrams, matrix, sizes)
 
 
@@ -154,11 +154,15 @@ def _bmm(hidden_states: Tensor, ngram_states: Tensor, matrix: Tensor) -> Tensor:
     return torch.baddbmm(hidden_states, matrix, ngram_states)
 
 
+def _matrix_for(fuse: Callable, inputs: FusionInputs) -> Tensor:
+    return inputs.matrix.to(inputs.x.dtype) if fuse is _bmm else inputs.matrix
+
+
 def _padded_fusion(fuse: Callable, compiled: bool = False) -> Callable[[FusionInputs], Case]:
     def prepare(inputs: FusionInputs) -> Case:
         leaves = _leaves(inputs.tokens.pad(inputs.x), inputs.ngrams.pad(inputs.ngram_states))
-        grad = inputs.tokens.pad(inputs.grad)
-        return _case(lambda x, g: fuse(x, g, inputs.matrix), leaves, grad, compiled, inputs.tokens.unpad)
+        matrix, grad = _matrix_for(fuse, inputs), inputs.tokens.pad(inputs.grad)
+        return _case(lambda x, g: fuse(x, g, matrix), leaves, grad, compiled, inputs.tokens.unpad)
 
     return prepare
 
@@ -167,9 +171,10 @@ def _padded_norm(fuse: Callable, compiled: bool = False) -> Callable[[FusionInpu
     def prepare(inputs: FusionInputs) -> Case:
         states = (inputs.tokens.pad(inputs.x), inputs.tokens.pad(inputs.residual))
         leaves = _leaves(*states, inputs.weight, inputs.bias, inputs.ngrams.pad(inputs.ngram_states))
+        matrix = _matrix_for(fuse, inputs)
 
         def normalize(x, residual, weight, bias, ngram_states):
-            return fuse(residual_layer_norm_eager(x, residual, weight, bias, EPS), ngram_states, inputs.matrix)
+            return fuse(residual_layer_norm_eager(x, residual, weight, bias, EPS), ngram_states, matrix)
 
         return _case(normalize, leaves, inputs.tokens.pad(inputs.grad), compiled, inputs.tokens.unpad)
 

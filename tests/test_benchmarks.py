@@ -5,18 +5,21 @@ import functools
 
 import pytest
 import torch
+from dnazen_kernels.ngram_masking import ngram_masking
 
-from benchmarks import registry, run
-from benchmarks.batches import Genome, make_batch
+from benchmarks import registry, roofline, run
+from benchmarks.batches import Genome, graph_of, make_batch
 from benchmarks.registry import MODES, OPERATORS, Sizes
 
 
 @pytest.fixture(scope="module")
 def batch():
-    """Three sequences of 12, 7 and 9 tokens with special ones; G-grams overlap and repeat."""
+    """Three sequences of 12, 7 and 9 tokens with special ones; G-grams overlap and repeat, and all survive."""
     vocabulary = {(7, 8): 1, (8, 9, 7): 2, (11, 12): 3}
     sequences = [[7, 8, 9, 7, 8, 5, 6, 11, 12, 13], [5, 6, 5, 6, 5], [11, 12, 11, 12, 7, 8, 6]]
-    return make_batch(Genome("toy", sequences, vocabulary, 16), 28)
+    batch = make_batch(Genome("toy", sequences, vocabulary, 16), 28)
+    unmasked = {**batch.masking, "mlm_probability": 0.0}  # so that some sequence has two G-grams left
+    return batch._replace(masked=ngram_masking(batch.input_ids, **graph_of(batch.matches), **unmasked).trimmed())
 
 
 def outputs(name, batch, device, hidden_size=24, dtype=torch.float32):
@@ -63,9 +66,8 @@ def test_a_batch_is_counted_by_hand(batch):
     assert inputs.sizes == Sizes(28, 3, 5, 4 + 3 + 2 + 4 + 2, 5 + 2 + 6, num_ordinary_ids=11)
     assert batch.cu_seqlens.tolist() == [0, 12, 19, 28]
     state = registry.fusion_inputs(batch, 24, torch.bfloat16, torch.device("cpu"))
-    assert state.sizes.num_ngrams == len(batch.masked.ngram_input_ids) and state.sizes.itemsize == 2
-    assert state.matrix.sum() == state.sizes.num_edges
-    assert (state.matrix.sum(2) > 0).sum() == state.sizes.num_covered
+    assert state.sizes == Sizes(28, 3, 5, 15, 13, hidden_size=24, itemsize=2)
+    assert state.matrix.shape == (3, 12, 3) and state.matrix.sum() == 15
 
 
 HAND = {  # T=10, B=2, N=3, E=7, C=5 covered, H=4, 2 bytes an element
@@ -98,7 +100,7 @@ def test_bytes_agree_with_the_tensors(batch):
     states = 2 * inputs.x.nbytes + inputs.ngram_states.nbytes
     assert registry.fusion_forward_bytes(inputs.sizes) == states + by_token
     whole = registry.integer_inputs(batch, 0, torch.int64, torch.device("cpu"))
-    masked = registry.ngram_masking(whole.input_ids, **whole.graph, **whole.masking)
+    masked = ngram_masking(whole.input_ids, **whole.graph, **whole.masking)
     read = [whole.input_ids, *whole.graph.values(), *(x for x in whole.masking.values() if isinstance(x, torch.Tensor))]
     assert registry.masking_bytes(whole.sizes) == sum(tensor.nbytes for tensor in [*read, *masked])
 
@@ -138,3 +140,40 @@ def test_no_speed_is_reported_when_tests_fail(monkeypatch, capsys):
         run.main()
     assert stop.value.code == 1
     assert "fails, so there is no speed to report" in capsys.readouterr().out
+
+
+def test_roofline_by_hand():
+    """A quarter of a million tokens of base size: 3 tensors of 384 MiB at 3.3 TB/s are 366 µs."""
+    sizes = Sizes(262_144, 512, 0, 0, 0, hidden_size=768, itemsize=2)
+    row = {row.name: row for row in roofline.kernel_rows(sizes)}["`residual_layer_norm` without, forward"]
+    assert row.num_bytes == 3 * 384 * 2**20 + 8 * 262_144 + 2 * 768 * 2
+    assert row.flops == 8 * 262_144 * 768
+    assert row.seconds(3.3e12) == pytest.approx(366.7e-6, rel=1e-3)
+    assert roofline.Row("many", 100, 1000).seconds(3.3e12) == pytest.approx(500e-6)  # the host's time to launch them
+
+
+def test_traffic_by_hand():
+    a, b = torch.zeros(2, 3, 4), torch.zeros(2, 4, 5)
+    with roofline.Traffic() as traffic:
+        (a @ b).add_(1)
+    assert (traffic.launches, traffic.num_bytes) == (2, 4 * (24 + 40 + 30) + 4 * (30 + 30))
+    assert traffic.multiplying == pytest.approx(2 * 2 * 3 * 4 * 5 / 67e12)
+    index, values = torch.tensor([1, 2]), torch.zeros(100, dtype=torch.int64)
+    with roofline.Traffic() as traffic:
+        values.index_select(0, index)[None]
+    assert (traffic.launches, traffic.num_bytes) == (1, 16 + 16 + 16)  # a view costs nothing
+    with roofline.Traffic() as traffic:
+        values.sort()
+    assert traffic.num_bytes == 8 * 2 * (800 + 800)
+
+
+def test_roofline_counts_launches(batch, device):
+    """The dense form casts, multiplies, adds and casts; the kernel is one operation each way."""
+    fused, dense = (
+        {row.name: row for row in roofline.implementation_rows(batch, "ngram_fusion")}[f"{impl}, bfloat16"]
+        for impl in ("triton", "einsum")
+    )
+    assert fused.launches == 2
+    # forward: both cast up, product, sum, cast down; backward: cast up, product, two casts down
+    assert dense.launches == 9 and dense.multiplying > 0
+    assert [row.name for row in roofline.integer_rows(batch)] == ["`ngram_matching`", "`ngram_masking`"]
