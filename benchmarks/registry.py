@@ -97,7 +97,7 @@ class FusionInputs:
 
 def fusion_inputs(batch: Batch, hidden_size: int, dtype: torch.dtype, device: torch.device) -> FusionInputs:
     """Random states for the batch as masking leaves it."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     graph = {name: tensor.to(device) for name, tensor in graph_of(batch.masked).items()}
     cu_seqlens, ngram_cu_seqlens = batch.cu_seqlens.to(device), graph["ngram_cu_seqlens"]
     max_seqlen, max_ngrams = int(cu_seqlens.diff().max()), int(ngram_cu_seqlens.diff().max())
@@ -109,7 +109,9 @@ def fusion_inputs(batch: Batch, hidden_size: int, dtype: torch.dtype, device: to
     ngrams = PaddedLayout.from_cu_seqlens(ngram_cu_seqlens, max_ngrams, num_ngrams)
     rows = (num_tokens, num_tokens, None, None, num_ngrams, num_tokens)  # None: a vector
     states = [
-        torch.randn([hidden_size] if count is None else [count, hidden_size], generator=generator).to(device, dtype)
+        torch.randn(
+            [hidden_size] if count is None else [count, hidden_size], generator=generator, device=device, dtype=dtype
+        )
         for count in rows
     ]
     csr = tuple(graph[name] for name in ("token_offsets", "token_ngrams", "ngram_offsets", "ngram_tokens"))

@@ -30,8 +30,8 @@ RADIX_PASSES = 8  # of a sort of 64-bit keys by 8 bits at a time; each reads and
 
 # No kernel of PyTorch: views, allocations, and what Triton's interpreter does to hand over a tensor.
 FREE = {
-    "alias", "copy_", "detach", "empty", "empty_like", "expand", "new_empty", "permute", "promote_types", "scalar_tensor",
-    "select", "set_", "slice", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view",
+    "alias", "copy_", "detach", "empty", "empty_like", "expand", "new_empty", "permute", "promote_types",
+    "scalar_tensor", "select", "set_", "slice", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view",
 }  # fmt: skip
 GATHERS = {"index", "index_select", "gather"}
 LAUNCHES = {"dnazen::ngram_masking": 8, "dnazen::residual_layer_norm_backward": 2}  # as op.py says; of others 1
@@ -83,7 +83,7 @@ class Traffic(TorchDispatchMode):
 
 
 def kernel_rows(sizes: Sizes) -> list[Row]:
-    """The fusion in bf16, as if in one launch; FLOPs of LayerNorm per element as its formula is written in `triton_impl.py`."""
+    """The fusion, as if in one launch; FLOPs of LayerNorm per element as its formula is written in `triton_impl.py`."""
     elements = sizes.num_tokens * sizes.hidden_size
     added = sizes.num_edges * sizes.hidden_size
     without = Sizes(sizes.num_tokens, sizes.num_sequences, 0, 0, 0, sizes.hidden_size, sizes.itemsize)
@@ -154,8 +154,8 @@ def print_tables(batch: Batch) -> None:
     launched = {"launches": lambda row: str(row.launches)}
     density = " and ".join(f"{count / sizes.num_tokens:.4f}" for count in before)
     masked = " and ".join(f"{count / sizes.num_tokens:.4f}" for count in (sizes.num_ngrams, sizes.num_edges))
-    print(f"\n{sizes.num_tokens:,} tokens, {sizes.num_sequences} sequences; per token {density} G-grams and edges before")
-    print(f"masking, {masked} after; {sizes.num_covered / sizes.num_tokens:.1%} of the tokens covered\n")
+    print(f"\n{sizes.num_tokens:,} tokens in {sizes.num_sequences} sequences; per token {density} G-grams and edges")
+    print(f"before masking, {masked} after; {sizes.num_covered / sizes.num_tokens:.1%} of the tokens are covered\n")
     print(table(kernel_rows(sizes), moved | {"GFLOP": lambda row: f"{row.flops / 1e9:.2f}"} | times), end="\n\n")
 
     step = sizes.num_tokens / STEP_TOKENS_PER_SECOND

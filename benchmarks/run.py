@@ -10,7 +10,9 @@ Without a GPU the operators that need one are left out, and no row is written fo
 import argparse
 import csv
 import datetime
+import functools
 import gc
+import itertools
 import os
 import re
 import subprocess
@@ -99,12 +101,13 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def describe_device(device: torch.device) -> dict[str, str]:
-    if device.type == "cpu":
+@functools.cache
+def describe_device(kind: str) -> dict[str, str]:
+    if kind == "cpu":
         return {"device": f"{processor()}, 1 core", "driver": ""}
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    return {"device": torch.cuda.get_device_name(device), "driver": driver}
+    return {"device": torch.cuda.get_device_name(), "driver": driver}
 
 
 def devices_of(operator: Operator) -> set[str]:
@@ -113,46 +116,47 @@ def devices_of(operator: Operator) -> set[str]:
     return here & {kind for kind, _ in operator.implementations.values()}
 
 
+def measure_case(case: Case, mode: str, device: torch.device) -> tuple[list[float], float | None]:
+    """Quantiles in ms, and the peak in MiB where the device counts it."""
+    with torch._functorch.config.patch(donated_buffer=False):  # a graph that is gone over again keeps its buffers
+        function = timed_function(case, mode)
+        times = quantiles_ms(function, device, case.leaves)
+    return times, peak_mib(function, case.leaves) if device.type == "cuda" else None
+
+
 def measure(name: str, batch: Batch, shape: str, modes: list[str], copy_speed: dict[str, float]) -> Iterator[dict]:
     """Rows of one operator on one batch, the baseline's first, since the others are compared with it."""
     operator = OPERATORS[name]
+    here = devices_of(operator)
     implementations = sorted(operator.implementations.items(), key=lambda item: item[0] != operator.baseline)
-    for hidden_size in operator.hidden_sizes:
-        for dtype in operator.dtypes:
-            baseline: dict[str, float] = {}
-            for impl, (kind, prepare) in implementations:
-                if kind not in devices_of(operator):
+    for hidden_size, dtype in itertools.product(operator.hidden_sizes, operator.dtypes):
+        inputs = {kind: operator.make_inputs(batch, hidden_size, dtype, torch.device(kind)) for kind in here}
+        baseline: dict[str, float] = {}
+        for impl, (kind, prepare) in implementations:
+            if kind not in here:
+                continue
+            torch.compiler.reset()  # else compiled code of other shapes counts towards its limit of versions
+            sizes, case = inputs[kind].sizes, prepare(inputs[kind])
+            for mode in modes:
+                gc.collect()
+                try:
+                    (p20, p50, p80), peak = measure_case(case, mode, torch.device(kind))
+                except torch.OutOfMemoryError:
+                    print(f"{name}, {impl}, {mode}, {shape}: does not fit the memory; no row")
                     continue
-                device = torch.device(kind)
-                inputs = operator.make_inputs(batch, hidden_size, dtype, device)
-                torch.compiler.reset()  # else compiled code of other shapes counts towards its limit of versions
-                for mode in modes:
-                    case = function = None
-                    gc.collect()
-                    try:
-                        # A graph that is gone over twice must keep its buffers.
-                        with torch._functorch.config.patch(donated_buffer=False):
-                            case = prepare(inputs)
-                            function = timed_function(case, mode)
-                            p20, p50, p80 = quantiles_ms(function, device, case.leaves)
-                        peak = peak_mib(function, case.leaves) if kind == "cuda" else None
-                    except torch.OutOfMemoryError:
-                        print(f"{name}, {impl}, {mode}, {shape}: does not fit the memory; no row")
-                        continue
-                    if impl == operator.baseline:
-                        baseline[mode] = p50
-                    speed = operator.num_bytes[mode](inputs.sizes) / 1e6 / p50
-                    sizes = inputs.sizes
-                    yield {
-                        "op": name, "impl": impl, "mode": mode, "dtype": str(dtype).removeprefix("torch."),
-                        "shape": f"{shape} T={sizes.num_tokens} B={sizes.num_sequences} N={sizes.num_ngrams} "
-                        f"E={sizes.num_edges}" + f" H={hidden_size}" * bool(hidden_size),
-                        "p20_ms": f"{p20:.4g}", "p50_ms": f"{p50:.4g}", "p80_ms": f"{p80:.4g}",
-                        "peak_mib": None if peak is None else f"{peak:.1f}", "gb_per_s": f"{speed:.4g}",
-                        "share_of_copy": f"{speed / copy_speed[kind]:.4g}",
-                        "ratio_to_baseline": f"{baseline[mode] / p50:.4g}" if mode in baseline else None,
-                        **describe_device(device),
-                    }  # fmt: skip
+                if impl == operator.baseline:
+                    baseline[mode] = p50
+                speed = operator.num_bytes[mode](sizes) / 1e6 / p50
+                yield {
+                    "op": name, "impl": impl, "mode": mode, "dtype": str(dtype).removeprefix("torch."),
+                    "shape": f"{shape} T={sizes.num_tokens} B={sizes.num_sequences} N={sizes.num_ngrams} "
+                    f"E={sizes.num_edges}" + f" H={hidden_size}" * bool(hidden_size),
+                    "p20_ms": f"{p20:.4g}", "p50_ms": f"{p50:.4g}", "p80_ms": f"{p80:.4g}",
+                    "peak_mib": None if peak is None else f"{peak:.1f}", "gb_per_s": f"{speed:.4g}",
+                    "share_of_copy": f"{speed / copy_speed[kind]:.4g}",
+                    "ratio_to_baseline": f"{baseline[mode] / p50:.4g}" if mode in baseline else None,
+                    **describe_device(kind),
+                }  # fmt: skip
 
 
 def write_row(row: dict[str, Any], folder: Path) -> None:
@@ -195,7 +199,7 @@ def main() -> None:
         kinds = set().union(*(devices_of(OPERATORS[name]) for name in names))
         copy_speed = {kind: copy_gb_per_s(torch.device(kind)) for kind in sorted(kinds)}
         for kind, speed in copy_speed.items():
-            print(f"copy on {describe_device(torch.device(kind))['device']}: {speed:.1f} GB/s")
+            print(f"copy on {describe_device(kind)['device']}: {speed:.1f} GB/s")
         for length, genome in load_genomes(args.fasta, args.tokenizer, SEQUENCE_LENGTHS).items():
             for num_tokens in BATCH_TOKENS:
                 batch = make_batch(genome, num_tokens)
