@@ -31,7 +31,8 @@ RADIX_PASSES = 8  # of a sort of 64-bit keys by 8 bits at a time; each reads and
 # No kernel of PyTorch: views, allocations, and what Triton's interpreter does to hand over a tensor.
 FREE = {
     "alias", "copy_", "detach", "empty", "empty_like", "expand", "new_empty", "permute", "promote_types",
-    "scalar_tensor", "select", "set_", "slice", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view",
+    "scalar_tensor", "select", "set_", "slice", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+    "_unsafe_view",
 }  # fmt: skip
 GATHERS = {"index", "index_select", "gather"}
 LAUNCHES = {"dnazen::ngram_masking": 8, "dnazen::residual_layer_norm_backward": 2}  # as op.py says; of others 1
