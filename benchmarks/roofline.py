@@ -72,6 +72,11 @@ class Traffic(TorchDispatchMode):
             self.num_bytes += 2 * RADIX_PASSES * sum(tensor.nbytes for tensor in outputs)
         elif name in GATHERS:  # what is not asked for is not read
             self.num_bytes += 2 * outputs[0].nbytes + sum(tensor.nbytes for tensor in inputs[1:])
+        elif name == "ngram_fusion":  # reads no row that no edge leads to, and one of the views
+            hidden_states, values, offsets, indices, *_ = args
+            reached = min(values.nbytes, len(indices) * values.shape[1] * values.itemsize)
+            others = [tensor for tensor in (hidden_states, offsets, indices, *outputs) if tensor is not None]
+            self.num_bytes += reached + sum(tensor.nbytes for tensor in others)
         else:
             self.num_bytes += sum(tensor.nbytes for tensor in inputs + outputs)
         if name in ("bmm", "baddbmm"):

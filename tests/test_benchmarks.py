@@ -174,6 +174,8 @@ def test_roofline_counts_launches(batch, device):
         for impl in ("triton", "einsum")
     )
     assert fused.launches == 2
+    # 28 tokens, 5 G-grams and 15 edges; backward, 15 rows of the gradient are read at the most
+    assert fused.num_bytes == 2 * 768 * (28 + 5 + 28) + 4 * (29 + 15) + 2 * 768 * (15 + 5) + 4 * (6 + 15)
     # forward: both cast up, product, sum, cast down; backward: cast up, product, two casts down
     assert dense.launches == 9 and dense.multiplying > 0
     assert [row.name for row in roofline.integer_rows(batch)] == ["`ngram_matching`", "`ngram_masking`"]
