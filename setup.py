@@ -33,7 +33,7 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.8"],
         "flash4": ["flash-attn-4>=4.0.0b36"],
-        "test": ["pytest>=8", "hypothesis>=6.100"],
+        "test": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.100"],
     },
     entry_points={"console_scripts": ["dnazen = dnazen.cli.main:main"]},
 )
