@@ -27,6 +27,7 @@ REFUSED = {
     "torch_empty_cache_steps": _UNSUPPORTED,
     "neftune_noise_alpha": _UNSUPPORTED,
     "fsdp": _UNSUPPORTED + ": use --deepspeed",
+    "push_to_hub": _UNSUPPORTED + ": publish final/ with `hf upload`",
     "load_best_model_at_end": _UNSUPPORTED + ": the last model is kept",
     "save_only_model": _UNSUPPORTED + ": such a checkpoint cannot be resumed; final/ holds the model alone",
 }
@@ -116,6 +117,11 @@ class PretrainingArguments(TrainingArguments):
         for name, reason in REFUSED.items():
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise InputError(f"--{name} {reason}")
+        for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+            if getattr(self, name) not in ("no", "steps"):
+                raise InputError(f"--{name} must be no or steps, for the data has no end, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise InputError(f"--seed must be at least 0, got {self.seed}")
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()
         if self.n_gpu > 1:

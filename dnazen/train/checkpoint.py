@@ -4,17 +4,27 @@ A checkpoint folder is written under a temporary name and renamed when it is com
 size and SHA-256 of every other file, the position in the data, and what the run must agree with to go on.
 """
 
+import fcntl
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
+
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from dnazen.files import InputError, read_json, sha256_file, write_json
 
 MANIFEST = "checkpoint.json"
+FORMAT = 1
+# DeepSpeed unpickles its files whole; beyond what `weights_only=True` admits, they name these classes and no others
+PICKLED = {
+    "numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address",
+}  # fmt: skip
 
 
 def checkpoint_step(path: Path) -> int:
@@ -58,12 +68,14 @@ def rotate_checkpoints(output_dir: Path, limit: int | None) -> None:
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Read `checkpoint.json` and compare every file with it.
+    """Read `checkpoint.json`, compare every file with it, and see that reading none of them would run code.
 
     Raises:
-        InputError: a file is missing, cut short or altered; the message names it.
+        InputError: a file is missing, cut short or altered, or would call what no checkpoint calls; the message names it.
     """
     manifest = read_json(path / MANIFEST, "the list of a checkpoint's files, written last")
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path / MANIFEST}: expected format {FORMAT}, found {manifest.get('format')!r}")
     for name, (size, checksum) in manifest["files"].items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
@@ -71,7 +83,25 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
             raise InputError(f"{file}: expected {size} bytes, found {'no file' if found is None else f'{found} bytes'}")
         if sha256_file(file) != checksum:
             raise InputError(f"{file}: its contents are not those that were saved (SHA-256 differs)")
+    for file in (*path.rglob("*.pt"), *path.rglob("*.pth")):
+        if surplus := sorted(set(get_unsafe_globals_in_checkpoint(file)) - PICKLED):
+            raise InputError(f"{file}: reading it would call {', '.join(surplus)}, which no checkpoint of a run does")
     return manifest
+
+
+def lock_run(output_dir: Path) -> IO[str]:
+    """Claim a run's folder until the returned file is closed or the process ends.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    file = open(output_dir / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{output_dir}: another run is writing there; wait for its end, or use another --output_dir") from error
+    return file
 
 
 class Checkpoint(NamedTuple):

@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from dnazen.files import InputError, write_json
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.ngram.vocab import NgramVocabulary, load_ngrams
 from dnazen.train.arguments import SIZE_DEFAULTS, DataArguments, PretrainingArguments
-from dnazen.train.checkpoint import Checkpoint, choose_checkpoint, copy_model, list_differences, publish_folder
+from dnazen.train.checkpoint import Checkpoint, choose_checkpoint, copy_model, list_differences, lock_run, publish_folder
 from dnazen.train.metrics import Score, baseline_scores, count_tokens, format_scores, plot_loss_curve
 from dnazen.train.prepare import PACKAGED_GENOME, genome_name, prepare_data
 from dnazen.train.source import Source
@@ -102,6 +102,7 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
     config = build_config(data_args, corpus, vocabulary, source)
 
     output_dir = Path(args.output_dir)
+    _lock = lock_run(output_dir) if main_process else None  # held until this function returns
     resume = None if args.resume_from_checkpoint in ("True", "true", "last", "latest") else args.resume_from_checkpoint
     (checkpoint,) = broadcast_object_list([choose_checkpoint(output_dir, resume) if main_process else None])
     model = DNAZenForMaskedLM(config)
@@ -120,17 +121,19 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
         checkpoint=checkpoint,
         agreement=build_agreement(data_args, args, corpus, vocabulary, masking, config, source),
     )
+    is_finished = checkpoint is not None and checkpoint.manifest["step"] >= args.max_steps
     if main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / "run.json", run_record(data_args, trainer))
+        if not is_finished:
+            write_json(output_dir / "run.json", run_record(data_args, trainer))
         print(describe(data_args, corpus, vocabulary, masking, trainer, checkpoint), flush=True)
-    if checkpoint is not None and checkpoint.manifest["step"] >= args.max_steps:
+    if is_finished:
         trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
         last = checkpoint.path
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         last = output_dir / f"checkpoint-{trainer.state.global_step}"
-    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    step = trainer.state.global_step
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == step]
     if not evaluated:
         raise InputError(f"{last} is not before --max_steps {args.max_steps} and was not evaluated; train further")
     if main_process:
@@ -203,7 +206,7 @@ def run_record(data_args: DataArguments, trainer: PretrainingTrainer) -> dict[st
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     return {
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
-        "versions": {name: version(name) for name in packages},
+        "versions": {package.name: package.version for package in distributions() if package.name in packages},
         "command": sys.argv,
         "data": vars(data_args),
         "training": trainer.args.to_dict(),

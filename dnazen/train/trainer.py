@@ -18,6 +18,7 @@ from dnazen.data.collator import PackedDataset
 from dnazen.data.sampler import MicroBatch, MicroBatchSampler, pack_by_budget
 from dnazen.ngram.vocab import NgramVocabulary
 from dnazen.train.checkpoint import (
+    FORMAT,
     Checkpoint,
     check_agreement,
     convert_to_universal,
@@ -103,6 +104,7 @@ class PretrainingTrainer(Trainer):
             self.is_deepspeed_enabled
             and checkpoint is not None
             and checkpoint.manifest["world_size"] != args.world_size
+            and self.resumed_step < args.max_steps
         )
         if self._universal:
             self._prepare_universal(checkpoint.path)
@@ -300,7 +302,7 @@ class PretrainingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             state = {
-                "format": 1,
+                "format": FORMAT,
                 "step": self.state.global_step,
                 "position": self.position(),
                 "world_size": self.args.world_size,

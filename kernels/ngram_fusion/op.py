@@ -25,8 +25,8 @@ def ngram_fusion(
 ) -> Tensor:
     """Add to each token the states of the G-grams that cover it; paper section 2.3, eq. (4).
 
-    The sum is 0/1 weighted and accumulated in fp32 (fp64 if any input is fp64), in a fixed order: the same bits on
-    every run. Only indices are kept for the backward, O(T + E).
+    The sum is 0/1 weighted and accumulated in fp32 (fp64 if any input is fp64). With Triton it is in a fixed order, the
+    same bits on every run, and only indices are kept for the backward, O(T + E).
 
     Args:
         hidden_states: token states `[T, H]`, floating point.
@@ -70,8 +70,9 @@ def residual_layer_norm(
 ) -> Tensor:
     """`LayerNorm(x + residual) * weight + bias`, and on top of it, if there are G-grams, their fusion, in one pass.
 
-    Statistics and sums are in fp32 (fp64 if `x` or `residual` is fp64). The backward keeps `x`, `residual` and two
-    numbers per row; its sums over rows are in a fixed order, the same bits on every run on the same device.
+    Statistics and sums are in fp32 (fp64 if `x` or `residual` is fp64); the reference rounds `x + residual`, `weight` and
+    `bias` to the output's dtype first, as PyTorch does. With Triton the backward keeps `x`, `residual` and two numbers per
+    row, and its sums over rows are in a fixed order, the same bits on every run on the same device.
 
     Args:
         x, residual: `[T, H]`, floating point.
@@ -110,7 +111,8 @@ def _ngram_fusion(
 ) -> Tensor:  # fmt: skip
     from dnazen_kernels.ngram_fusion import triton_impl
 
-    return triton_impl.ngram_fusion(hidden_states, ngram_hidden_states, token_offsets, token_ngrams)
+    with torch.cuda.device_of(ngram_hidden_states):
+        return triton_impl.ngram_fusion(hidden_states, ngram_hidden_states, token_offsets, token_ngrams)
 
 
 @_ngram_fusion.register_fake
@@ -147,9 +149,10 @@ def _residual_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from dnazen_kernels.ngram_fusion import triton_impl
 
-    return triton_impl.residual_layer_norm(
-        x, residual, weight, bias, eps, ngram_hidden_states, token_offsets, token_ngrams
-    )
+    with torch.cuda.device_of(x):
+        return triton_impl.residual_layer_norm(
+            x, residual, weight, bias, eps, ngram_hidden_states, token_offsets, token_ngrams
+        )
 
 
 @_residual_layer_norm.register_fake
@@ -189,7 +192,8 @@ def _residual_layer_norm_backward_op(
 ) -> tuple[Tensor, Tensor]:
     from dnazen_kernels.ngram_fusion import triton_impl
 
-    return triton_impl.residual_layer_norm_backward(grad, x, residual, weight, mean, rstd)
+    with torch.cuda.device_of(x):
+        return triton_impl.residual_layer_norm_backward(grad, x, residual, weight, mean, rstd)
 
 
 @_residual_layer_norm_backward_op.register_fake
@@ -219,3 +223,5 @@ def _check_ngrams(
             raise TypeError(f"{name} must be int32 or int64 like the other CSR tensors, got {tensor.dtype}")
         if tensor.shape != (size,):
             raise ValueError(f"{name} must have shape [{size}], got {list(tensor.shape)}")
+        if tensor.device != hidden_states.device:
+            raise ValueError(f"{name} must be on {hidden_states.device} like the states, got {tensor.device}")

@@ -13,7 +13,8 @@ def ngram_fusion_dense(
     returns `[B, S, H]` in the dtype of `hidden_states`, accumulated in fp32 (fp64 if any input is fp64).
     """
     dtype = accumulation_dtype(hidden_states, ngram_hidden_states)
-    added = torch.einsum("bsg,bgh->bsh", ngram_position_matrix.to(dtype), ngram_hidden_states.to(dtype))
+    with torch.autocast(hidden_states.device.type, enabled=False):  # it would round both to bf16
+        added = torch.einsum("bsg,bgh->bsh", ngram_position_matrix.to(dtype), ngram_hidden_states.to(dtype))
     return (hidden_states.to(dtype) + added).to(hidden_states.dtype)
 
 
@@ -29,10 +30,12 @@ def ngram_fusion_index_add(
     rows of `ngram_hidden_states` `[N, H]`; entries from `token_offsets[T]` on belong to no token.
     """
     dtype = accumulation_dtype(hidden_states, ngram_hidden_states)
+    token_ngrams = token_ngrams if len(ngram_hidden_states) else token_ngrams[:0]  # they name no row
     edges = torch.arange(token_ngrams.shape[0], dtype=token_offsets.dtype, device=token_offsets.device)
     edge_tokens = torch.searchsorted(token_offsets, edges, right=True) - 1
     is_used = edges < token_offsets[-1]
-    edge_states = ngram_hidden_states.to(dtype).index_select(0, token_ngrams) * is_used[:, None]
+    edge_states = ngram_hidden_states.to(dtype).index_select(0, token_ngrams)
+    edge_states = torch.where(is_used[:, None], edge_states, 0)
     edge_tokens = edge_tokens.clamp(max=hidden_states.shape[0] - 1)
     return hidden_states.to(dtype).index_add(0, edge_tokens, edge_states).to(hidden_states.dtype)
 

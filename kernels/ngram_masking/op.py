@@ -117,7 +117,8 @@ def _ngram_masking(
     else:
         from dnazen_kernels.ngram_masking.reference import mask_ngrams
     graph = ngram_input_ids, ngram_cu_seqlens, token_offsets, token_ngrams, ngram_offsets, ngram_tokens
-    return mask_ngrams(drawn, *graph, whole_ngram)
+    with torch.cuda.device_of(drawn):
+        return mask_ngrams(drawn, *graph, whole_ngram)
 
 
 @_ngram_masking.register_fake

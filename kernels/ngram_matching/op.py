@@ -59,7 +59,8 @@ def ngram_matching(
             do not fit the table; a negative limit or capacity; "triton" without a capacity; an unknown `impl`.
         RuntimeError: `impl="triton"` cannot run here.
     """
-    impl = resolve_impl(impl, input_ids.device)
+    # only the reference, which goes through the host, can tell how many there are
+    impl = resolve_impl("reference" if capacity is None and impl == "auto" else impl, input_ids.device)
     if not torch.compiler.is_compiling():
         _check(input_ids, cu_seqlens, table, max_ngrams, capacity, impl)
     arguments = input_ids, cu_seqlens, table.keys, table.ids, table.prefilter, table.bits, table.hash_bits, max_ngrams
@@ -89,7 +90,8 @@ def _ngram_matching(
     else:
         from dnazen_kernels.ngram_matching.reference import match_ngrams
     table = keys, ids, prefilter, bits, hash_bits
-    return match_ngrams(input_ids, cu_seqlens, *table, max_ngrams, (num_ngrams, num_edges))
+    with torch.cuda.device_of(input_ids):
+        return match_ngrams(input_ids, cu_seqlens, *table, max_ngrams, (num_ngrams, num_edges))
 
 
 @_ngram_matching.register_fake

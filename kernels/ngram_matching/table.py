@@ -54,8 +54,13 @@ class NgramTable:
         """Build the table of different `ngrams` of 2 to 5 tokens, whose k-th has the id `ids[k]`, on the CPU.
 
         Raises:
-            ValueError: a token outside [0, vocab_size), or keys over 63 bits.
+            ValueError: a length outside 2..5, a G-gram given twice, a token outside [0, vocab_size), or keys over 63 bits.
         """
+        for ngram in ngrams:
+            if not MIN_LENGTH <= len(ngram) <= MAX_LENGTH:
+                raise ValueError(f"G-grams must have {MIN_LENGTH} to {MAX_LENGTH} tokens, got {tuple(ngram)}")
+        if len(set(map(tuple, ngrams))) != len(ngrams):
+            raise ValueError("G-grams must differ from each other, got one twice")
         sizes = np.array([len(ngram) for ngram in ngrams], np.int64)
         tokens = np.array([token for ngram in ngrams for token in ngram], np.int64)
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:

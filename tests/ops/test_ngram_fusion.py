@@ -379,3 +379,20 @@ def test_contract_of_residual_layer_norm(change, error, message):
         arguments[position] = value
     with pytest.raises(error, match=message):
         residual_layer_norm(*arguments)
+
+
+def test_dense_definition_accumulates_in_fp32_under_autocast():
+    """1 + 2^-12 is lost where the states or their sum are rounded to bf16."""
+    states, ngrams, matrix = torch.zeros(1, 1, 8), torch.tensor([[[1.0] * 8, [2.0**-12] * 8]]), torch.ones(1, 1, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (ngram_fusion_dense(states, ngrams, matrix) == 1 + 2.0**-12).all()
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("num_ngrams", [0, 2])
+def test_spare_entries_reach_nothing_even_if_what_they_name_is_not_finite(impl, num_ngrams, device):
+    states = torch.ones(3, 8, device=device)
+    ngrams = torch.full((num_ngrams, 8), torch.inf, device=device)
+    offsets = [torch.zeros(size, dtype=torch.int32, device=device) for size in (4, num_ngrams + 1)]
+    spare = torch.zeros(5, dtype=torch.int32, device=device)
+    assert torch.equal(ngram_fusion(states, ngrams, offsets[0], spare, offsets[1], spare, impl=impl), states)

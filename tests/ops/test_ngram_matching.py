@@ -264,12 +264,15 @@ def test_compiles_in_one_graph(device, impl):
     [
         ([(5, 16)], 16, r"must lie in \[0, 16\), got 5 to 16"),
         ([(5,) * 5], 4097, "need 68 bits, but a key has 63"),
+        ([(5,)], 16, r"must have 2 to 5 tokens, got \(5,\)"),
+        ([(5,) * 6], 16, "must have 2 to 5 tokens"),
+        ([(5, 6), (7, 8), (5, 6)], 16, "got one twice"),
     ],
-    ids=["token", "key"],
+    ids=["token", "key", "short", "long", "twice"],
 )
 def test_table_refuses(ngrams, vocab_size, message):
     with pytest.raises(ValueError, match=message):
-        NgramTable.build(ngrams, [1], vocab_size)
+        NgramTable.build(ngrams, [1] * len(ngrams), vocab_size)
 
 
 @pytest.mark.parametrize("cu_seqlens", [[], [0], [1, 3], [0, 2], [0, 2, 1, 3]])

@@ -49,7 +49,7 @@ def run(expect: int | None = 0, **arguments: Any) -> subprocess.CompletedProcess
     result = subprocess.run(
         line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
     )
-    remove_shared_memory()
+    remove_shared_memory(line)
     good = result.returncode != 0 if expect is None else result.returncode == expect
     assert good, f"{' '.join(line)}: exit status {result.returncode}\n{result.stdout[-6000:]}"
     return result
@@ -57,8 +57,9 @@ def run(expect: int | None = 0, **arguments: Any) -> subprocess.CompletedProcess
 
 def run_until(path: Path, **arguments: Any) -> None:
     """Start a run and kill -9 all its processes as soon as `path` exists."""
+    line = command(**arguments)
     process = subprocess.Popen(
-        command(**arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
     deadline = time.monotonic() + 300
     while not path.exists():
@@ -68,14 +69,14 @@ def run_until(path: Path, **arguments: Any) -> None:
     kill_tree(process.pid)
     process.wait()
     process.stdout.close()
-    remove_shared_memory()
+    remove_shared_memory(line)
 
 
-def remove_shared_memory() -> None:
-    """Delete what killed runs left; each run has a port of its own, so that none would ever be reused."""
-    for path in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"):
-        if time.time() - path.stat().st_mtime > 60:
-            path.unlink(missing_ok=True)
+def remove_shared_memory(line: list[str]) -> None:
+    """Delete what a killed run left; each run has a port of its own, so that none would ever be reused."""
+    port = line[line.index("--master_port") + 1] if "--master_port" in line else None
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        path.unlink(missing_ok=True)
 
 
 def kill_tree(pid: int) -> None:

@@ -34,6 +34,8 @@ def test_corpus_without_ngrams(prepared):
         ("per_device_train_batch_size", 4, "use --max_batch_tokens"),
         ("data_seed", 3, "--seed"),
         ("label_smoothing_factor", 0.1, "not supported"),
+        ("save_strategy", "epoch", "no or steps"),
+        ("seed", -1, "at least 0"),
         ("save_only_model", True, "cannot be resumed"),
         ("gradient_checkpointing", True, "not supported"),
     ],

@@ -1,6 +1,7 @@
 """A run that was killed goes on as if it had not been."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dnazen.train.checkpoint import list_checkpoints
+from dnazen.files import sha256_file
+from dnazen.train.checkpoint import list_checkpoints, lock_run
 from tests.train.launch import log_history, run, run_until, steps
 
 KILLER = Path(__file__).with_name("killer.py")
@@ -159,6 +161,40 @@ def test_named_checkpoint_older_than_the_newest_is_refused(prepared, tmp_path):
     (tmp_path / "checkpoint-4").rename(tmp_path / "kept")
     assert "resuming from checkpoint-2" in run(**older).stdout
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+
+
+class Payload:
+    """What runs when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.slow
+def test_checkpoint_that_would_run_code_is_refused(prepared, tmp_path):
+    """Its checksums are right: whoever made the file made the list of checksums too."""
+    arguments = {**prepared.arguments(), "zero": 2, "max_steps": 4}
+    run(**arguments, output_dir=tmp_path / "run")
+    (file,) = (tmp_path / "run" / "checkpoint-4").rglob("*optim_states.pt")
+    state = torch.load(file, weights_only=False)
+    torch.save({**state, "extra": Payload(tmp_path / "ran")}, file)
+    manifest = json.loads((tmp_path / "run" / "checkpoint-4" / "checkpoint.json").read_text())
+    name = str(file.relative_to(tmp_path / "run" / "checkpoint-4"))
+    manifest["files"][name] = [file.stat().st_size, sha256_file(file)]
+    (tmp_path / "run" / "checkpoint-4" / "checkpoint.json").write_text(json.dumps(manifest))
+    output = run(expect=1, **{**arguments, "max_steps": 6}, output_dir=tmp_path / "run").stdout
+    assert f"{file}: reading it would call posix.mkdir" in output and "Traceback" not in output
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+def test_second_run_in_the_same_folder_is_refused(prepared, tmp_path):
+    with lock_run(tmp_path):
+        assert "another run is writing there" in run(expect=1, **prepared.arguments(), output_dir=tmp_path).stdout
+    run(**prepared.arguments(), output_dir=tmp_path)
 
 
 @pytest.mark.slow
