@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dnazen import __version__
 from dnazen.data import shards
@@ -67,6 +68,15 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--long-pieces", choices=("drop", "split"), default="drop", help="longer runs (%(default)s)")
     command.add_argument("--num-workers", type=int, default=1, help="processes; same result (%(default)s)")
 
+    command = add_command("bench", _bench, "measure training steps on this machine")
+    command.add_argument("--corpus", required=True, metavar="DIR", help="folder written by `dnazen corpus`")
+    command.add_argument("--ngrams", required=True, metavar="DIR", help="folder written by `dnazen ngrams`")
+    command.add_argument("--model", default="tiny", help="tiny, base, large, xlarge, or a config.json (%(default)s)")
+    command.add_argument("--impl", nargs="+", choices=("reference", "triton"), help="also measure these, and the ratio")
+    command.add_argument("--seconds", type=float, default=30.0, help="of each, after a warm-up (%(default)s)")
+    command.add_argument("--max-batch-tokens", type=int, help="tokens of a micro-batch (by model size)")
+    command.add_argument("--precision", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU")
+
     command = add_command("export", _export, "write a trained model in the form of the published ones")
     command.add_argument("--model", required=True, metavar="DIR", help="`final/` or `checkpoint-N/` of a training run")
     return parser
@@ -89,6 +99,12 @@ def _ngrams(corpus: str, output_dir: str, **parameters: int | float | str) -> No
     with open(Path(output_dir) / "ngrams.tsv") as file:
         for row in itertools.islice(csv.DictReader(file, delimiter="\t"), 10):
             print(f"{int(row['count']):>10,} {float(row['pmi']):6.2f}  {row['tokens']}")
+
+
+def _bench(corpus: str, ngrams: str, output_dir: str, **parameters: Any) -> None:
+    from dnazen.train.bench import bench, format_bench  # the models take seconds to import
+
+    print(format_bench(bench(corpus, ngrams, output_dir, **parameters)))
 
 
 def _export(model: str, output_dir: str) -> None:
