@@ -18,20 +18,24 @@ from dnazen.ngram import extract
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 1, with one line on stderr, when the input or the disk is at fault."""
+    """Run one command; return the exit status: 1, with one line on stderr, when the input or the disk is at fault.
+
+    `dnazen doctor` also returns 1 when something that it looks at is not in order.
+    """
     args = vars(_make_parser().parse_args(argv))
-    run, output_dir = args.pop("run"), args["output_dir"]
+    run, output_dir = args.pop("run"), args.get("output_dir")
     logging.basicConfig(format="dnazen: %(levelname)s: %(message)s", stream=sys.stderr)
     start = time.perf_counter()
     try:
-        run(**args)
+        status = run(**args) or 0
     except (InputError, OSError) as error:
         # A full disk names no file.
         place = f"{output_dir}: " if isinstance(error, OSError) and error.filename is None else ""
         print(f"dnazen: error: {place}{error}", file=sys.stderr)
         return 1
-    print(f"written to  {output_dir} in {time.perf_counter() - start:.1f} s")
-    return 0
+    if output_dir is not None:
+        print(f"written to  {output_dir} in {time.perf_counter() - start:.1f} s")
+    return status
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -79,6 +83,8 @@ def _make_parser() -> argparse.ArgumentParser:
 
     command = add_command("export", _export, "write a trained model in the form of the published ones")
     command.add_argument("--model", required=True, metavar="DIR", help="`final/` or `checkpoint-N/` of a training run")
+    text = "say what runs on this machine, and check the operators on small input"
+    subparsers.add_parser("doctor", help=text, description=text).set_defaults(run=_doctor)
     return parser
 
 
@@ -111,6 +117,16 @@ def _export(model: str, output_dir: str) -> None:
     from dnazen.train.export import export_model  # the models take seconds to import
 
     print(f"parameters  {export_model(model, output_dir):,}, in fp32, under their published names")
+
+
+def _doctor() -> int:
+    from dnazen.cli.doctor import examine  # PyTorch takes seconds to import
+
+    status = 0
+    for name, found, good in examine():
+        print(f"{name:14}{found}" + ("" if good else "   <-- not in order"), flush=True)
+        status |= not good
+    return status
 
 
 if __name__ == "__main__":
