@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dnazen import __version__
 from dnazen.data import shards
@@ -17,20 +18,24 @@ from dnazen.ngram import extract
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 1, with one line on stderr, when the input or the disk is at fault."""
+    """Run one command; return the exit status: 1, with one line on stderr, when the input or the disk is at fault.
+
+    `dnazen doctor` also returns 1 when something that it looks at is not in order.
+    """
     args = vars(_make_parser().parse_args(argv))
-    run, output_dir = args.pop("run"), args["output_dir"]
+    run, output_dir = args.pop("run"), args.get("output_dir")
     logging.basicConfig(format="dnazen: %(levelname)s: %(message)s", stream=sys.stderr)
     start = time.perf_counter()
     try:
-        run(**args)
+        status = run(**args) or 0
     except (InputError, OSError) as error:
         # A full disk names no file.
         place = f"{output_dir}: " if isinstance(error, OSError) and error.filename is None else ""
         print(f"dnazen: error: {place}{error}", file=sys.stderr)
         return 1
-    print(f"written to  {output_dir} in {time.perf_counter() - start:.1f} s")
-    return 0
+    if output_dir is not None:
+        print(f"written to  {output_dir} in {time.perf_counter() - start:.1f} s")
+    return status
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -67,8 +72,19 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--long-pieces", choices=("drop", "split"), default="drop", help="longer runs (%(default)s)")
     command.add_argument("--num-workers", type=int, default=1, help="processes; same result (%(default)s)")
 
+    command = add_command("bench", _bench, "measure training steps on this machine")
+    command.add_argument("--corpus", required=True, metavar="DIR", help="folder written by `dnazen corpus`")
+    command.add_argument("--ngrams", required=True, metavar="DIR", help="folder written by `dnazen ngrams`")
+    command.add_argument("--model", default="tiny", help="tiny, base, large, xlarge, or a config.json (%(default)s)")
+    command.add_argument("--impl", nargs="+", choices=("reference", "triton"), help="also measure these, and the ratio")
+    command.add_argument("--seconds", type=float, default=30.0, help="of each, after a warm-up (%(default)s)")
+    command.add_argument("--max-batch-tokens", type=int, help="tokens of a micro-batch (by model size)")
+    command.add_argument("--precision", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU")
+
     command = add_command("export", _export, "write a trained model in the form of the published ones")
     command.add_argument("--model", required=True, metavar="DIR", help="`final/` or `checkpoint-N/` of a training run")
+    text = "say what runs on this machine, and check the operators on small input"
+    subparsers.add_parser("doctor", help=text, description=text).set_defaults(run=_doctor)
     return parser
 
 
@@ -91,10 +107,26 @@ def _ngrams(corpus: str, output_dir: str, **parameters: int | float | str) -> No
             print(f"{int(row['count']):>10,} {float(row['pmi']):6.2f}  {row['tokens']}")
 
 
+def _bench(corpus: str, ngrams: str, output_dir: str, **parameters: Any) -> None:
+    from dnazen.train.bench import bench, format_bench  # the models take seconds to import
+
+    print(format_bench(bench(corpus, ngrams, output_dir, **parameters)))
+
+
 def _export(model: str, output_dir: str) -> None:
     from dnazen.train.export import export_model  # the models take seconds to import
 
     print(f"parameters  {export_model(model, output_dir):,}, in fp32, under their published names")
+
+
+def _doctor() -> int:
+    from dnazen.cli.doctor import examine  # PyTorch takes seconds to import
+
+    status = 0
+    for name, found, good in examine():
+        print(f"{name:14}{found}" + ("" if good else "   <-- not in order"), flush=True)
+        status |= not good
+    return status
 
 
 if __name__ == "__main__":

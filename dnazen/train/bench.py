@@ -1,0 +1,281 @@
+"""Speed of real training steps, loader to optimizer, and how much of the device's arithmetic they use."""
+
+import importlib.metadata
+import multiprocessing
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from dnazen.data.collator import Masking, PackedCollator, PackedDataset
+from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch
+from dnazen.data.shards import Corpus
+from dnazen.files import atomic_directory, write_json
+from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
+from dnazen.ngram.vocab import load_ngrams
+from dnazen.train.arguments import SIZE_DEFAULTS, PretrainingArguments
+from dnazen.train.trainer import Batch, PretrainingTrainer
+
+# dense bf16 TFLOP/s on the data sheets, by a part of the device's name
+PEAK_TFLOPS = {"H200": 990, "H100": 990, "H800": 990, "GH200": 990, "A100": 312, "A800": 312, "B200": 2250}
+WARM_UP_STEPS = 3
+
+
+def training_flops(config: DNAZenConfig, lengths: np.ndarray, ngram_lengths: np.ndarray, num_masked: int) -> float:
+    """Floating-point operations that one forward and backward owe to these sequences: matrix products and attention.
+
+    A multiply-add counts 2, the backward twice the forward. Per token E4BU owes `4 H^2 + 3 H F` multiply-adds in a layer
+    and, in attention, `2 H n` where n is the length of its sequence; the G-gram encoder `4 H^2 + 2 H F` per G-gram and as
+    much attention; the head `H^2 + H V` per masked token. Nothing is owed to padding, nor for embeddings, norms, the
+    fusion or what is computed twice.
+
+    Args:
+        config: the model's sizes.
+        lengths, ngram_lengths: tokens, and G-grams, of each sequence.
+        num_masked: masked tokens in all.
+    """
+    hidden, feed_forward = config.hidden_size, config.intermediate_size
+    lengths, ngram_lengths = lengths.astype(np.float64), ngram_lengths.astype(np.float64)
+    token = (4 * hidden**2 + 3 * hidden * feed_forward) * lengths.sum() + 2 * hidden * (lengths**2).sum()
+    ngram = (4 * hidden**2 + 2 * hidden * feed_forward) * ngram_lengths.sum() + 2 * hidden * (ngram_lengths**2).sum()
+    head = (hidden**2 + hidden * config.vocab_size) * num_masked
+    return float(6 * (config.num_hidden_layers * token + config.num_hidden_ngram_layers * ngram + head))
+
+
+class FixedLength(Dataset):
+    """Batches whose sequences the reference path pads to one length, as the published code does."""
+
+    def __init__(self, dataset: PackedDataset, length: int):
+        self.dataset, self.split, self.length = dataset, dataset.split, length
+
+    def __getitem__(self, micro_batch: MicroBatch) -> tuple[Batch, int]:
+        batch, dropped = self.dataset[micro_batch]
+        return {**batch, "max_seqlen": self.length}, dropped
+
+
+class Stopwatch(TrainerCallback):
+    """Measures from the end of the warm-up until `seconds` have passed, then stops the run."""
+
+    def __init__(self, trainer: "BenchTrainer", seconds: float):
+        self.trainer, self.seconds = trainer, seconds
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step < WARM_UP_STEPS:
+            return
+        if args.device.type == "cuda":
+            # once to start the clock, then as seldom as it takes to be sure that the time is up
+            if state.global_step == WARM_UP_STEPS or time.perf_counter() - self.trainer.started >= self.seconds:
+                torch.cuda.synchronize()
+        now = time.perf_counter()
+        if state.global_step == WARM_UP_STEPS:
+            self.trainer.start(now)
+        elif now - self.trainer.started >= self.seconds:
+            self.trainer.elapsed = now - self.trainer.started
+            control.should_training_stop = True
+
+
+class BenchTrainer(PretrainingTrainer):
+    """The trainer, counting what goes through it."""
+
+    def start(self, now: float) -> None:
+        """Begin to measure."""
+        self.started, self.loader_seconds, self.measured_steps = now, 0.0, 0
+        self.flops = self.tokens = self.ngrams = self.sequences = 0.0
+        if self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor]:
+        """The trainer's, with the time it takes and the work it brings."""
+        began = time.perf_counter()
+        batches, masked = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.loader_seconds += time.perf_counter() - began
+        self.measured_steps += 1
+        for batch in batches:
+            lengths, ngram_lengths = (batch[name].diff().numpy() for name in ("cu_seqlens", "ngram_cu_seqlens"))
+            num_masked = int((batch["labels"] != -100).sum())
+            self.flops += training_flops(self.model.config, lengths, ngram_lengths, num_masked)
+            self.tokens += int(lengths.sum())
+            self.sequences += len(lengths)
+            self.ngrams += int(ngram_lengths.sum())
+        return batches, masked
+
+
+def measure(
+    impl: str, corpus_dir: str, ngrams_dir: str, model: str, seconds: float, max_batch_tokens: int, precision: str
+) -> dict[str, Any]:
+    """Train for `seconds` after a warm-up, in this process; returns what came out.
+
+    With `impl="reference"` sequences are padded to the corpus' longest possible one, the matching matrix is dense, the
+    fusion an einsum and attention explicit.
+    """
+    set_seed(42)
+    corpus = Corpus.open(corpus_dir)
+    vocabulary = load_ngrams(ngrams_dir, corpus)
+    config = DNAZenConfig.from_size(
+        model, vocab_size=len(corpus.tokenizer), ngram_vocab_size=vocabulary.vocab_size, impl=impl
+    )
+    collator = PackedCollator(corpus.tokenizer, vocabulary, Masking(0.15, True, 42))
+    longest = corpus.manifest["parameters"]["max_tokens"] + SPECIAL_TOKENS_PER_SEQUENCE
+    dataset: Dataset = PackedDataset(corpus.train, collator)
+    if impl == "reference":
+        dataset = FixedLength(dataset, longest)
+    with tempfile.TemporaryDirectory() as folder:
+        args = PretrainingArguments(
+            output_dir=folder,
+            max_steps=10**9,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=100,
+            bf16=precision == "bf16",
+            logging_strategy="no",
+            eval_strategy="no",
+            save_strategy="no",
+            dataloader_num_workers=2 if torch.cuda.is_available() else 0,
+            disable_tqdm=True,
+            report_to="none",
+        )
+        trainer = BenchTrainer(
+            model=DNAZenForMaskedLM(config),
+            args=args,
+            processing_class=corpus.tokenizer,
+            train_dataset=dataset,
+            eval_dataset=PackedDataset(corpus.validation, collator),
+            vocabulary=vocabulary,
+            max_batch_tokens=max_batch_tokens,
+            agreement={},
+        )
+        trainer.start(0.0)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Stopwatch(trainer, seconds))
+        trainer.train()
+    is_cuda = args.device.type == "cuda"
+    device = torch.cuda.get_device_name() if is_cuda else "CPU"
+    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)
+    rows = trainer.sequences * longest if impl == "reference" else trainer.tokens
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "impl": impl,
+        "attention": "padded" if impl == "reference" else trainer.model.config._attn_implementation,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "steps": trainer.measured_steps,
+        "seconds": trainer.elapsed,
+        "tokens_per_second": trainer.tokens / trainer.elapsed,
+        "tflops_per_second": trainer.flops / trainer.elapsed / 1e12,
+        "mfu": trainer.flops / trainer.elapsed / 1e12 / peak if peak else None,
+        "tokens_per_step": trainer.tokens / trainer.measured_steps,
+        "sequences_per_step": trainer.sequences / trainer.measured_steps,
+        "padding_share": 1 - trainer.tokens / rows,
+        "loader_wait": trainer.loader_seconds / trainer.elapsed,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if is_cuda else resident,
+        "ngrams_per_token": trainer.ngrams / trainer.tokens,
+        "device": device,
+    }
+
+
+def bench(
+    corpus: str,
+    ngrams: str,
+    output_dir: str,
+    *,
+    model: str = "tiny",
+    impl: list[str] | None = None,
+    seconds: float = 30.0,
+    max_batch_tokens: int | None = None,
+    precision: str | None = None,
+) -> dict[str, Any]:
+    """Measure the trainer as it runs by default, and each of `impl` beside it, each in a process of its own.
+
+    Writes `bench.json` and `bench.png` to `output_dir` and returns what the former holds.
+
+    Args:
+        corpus, ngrams: folders written by `dnazen corpus` and `dnazen ngrams`.
+        output_dir: where to write; must not exist yet.
+        model: a size or a configuration.
+        impl: "reference" for the padded, dense path, "triton" to insist on the kernels.
+        seconds: how long each is measured, after a warm-up of a few steps.
+        max_batch_tokens: tokens of a micro-batch; default: that of pretraining.
+        precision: "bf16" or "fp32"; default: bf16 on a GPU, fp32 on a CPU.
+
+    Raises:
+        InputError: see `Corpus.open`, `load_ngrams` and `DNAZenConfig.from_size`.
+    """
+    DNAZenConfig.from_size(model)
+    load_ngrams(ngrams, Corpus.open(corpus))
+    max_batch_tokens = max_batch_tokens or SIZE_DEFAULTS.get(model, SIZE_DEFAULTS["base"])[0]
+    precision = precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    rows = []
+    with atomic_directory(output_dir) as folder:
+        for name in ["auto", *(impl or [])]:
+            # a process of its own: peak memory and compiled code of one must not be the other's
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                job = pool.submit(measure, name, corpus, ngrams, model, seconds, max_batch_tokens, precision)
+                rows.append(job.result())
+        result = {
+            "model": model,
+            "precision": precision,
+            "max_batch_tokens": max_batch_tokens,
+            "machine": f"{rows[0]['device']}, {psutil.cpu_count()} cores, {platform.machine()}",
+            "versions": {name: importlib.metadata.version(name) for name in ("dnazen", "torch", "transformers", "numpy")},
+            "rows": rows,
+            "speed_up": [rows[0]["tokens_per_second"] / row["tokens_per_second"] for row in rows],
+        }
+        write_json(folder / "bench.json", result)
+        _plot(folder / "bench.png", result)
+    return result
+
+
+def format_bench(result: dict[str, Any]) -> str:
+    """A table with a column for each implementation."""
+    lines = [
+        f"{result['model']}, {result['precision']}, up to {result['max_batch_tokens']:,} tokens a step, on {result['machine']}"
+    ]
+    table = {
+        "tokens/s": "{tokens_per_second:,.0f}",
+        "TFLOP/s": "{tflops_per_second:.3f}",
+        "tokens a step": "{tokens_per_step:,.0f}",
+        "sequences a step": "{sequences_per_step:,.1f}",
+        "padding": "{padding_share:.1%}",
+        "loader wait": "{loader_wait:.1%}",
+        "G-grams a token": "{ngrams_per_token:.3f}",
+        "peak memory, MiB": "{memory:,.0f}",
+        "attention": "{attention}",
+    }
+    if result["rows"][0]["mfu"] is not None:
+        table["MFU"] = "{mfu:.1%}"
+    lines.append(" " * 18 + "".join(f"{row['impl']:>16}" for row in result["rows"]))
+    for name, form in table.items():
+        cells = [form.format(**row, memory=row["peak_memory_bytes"] / 2**20) for row in result["rows"]]
+        lines.append(f"{name:18}" + "".join(f"{cell:>16}" for cell in cells))
+    for row, ratio in list(zip(result["rows"], result["speed_up"], strict=True))[1:]:
+        lines.append(f"{ratio:.2f} times as fast as {row['impl']}")
+    return "\n".join(lines)
+
+
+def _plot(path: Path, result: dict[str, Any]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = [row["impl"] for row in result["rows"]]
+    bars = {
+        "tokens/s (unpadded)": [row["tokens_per_second"] for row in result["rows"]],
+        "peak memory (MiB)": [row["peak_memory_bytes"] / 2**20 for row in result["rows"]],
+    }
+    for axes, (title, values) in zip(figure.subplots(1, 2), bars.items(), strict=True):
+        axes.bar_label(axes.bar(names, values), fmt="{:,.0f}")
+        axes.set(title=title)
+        axes.margins(y=0.15)
+    figure.suptitle(f"DNAZEN {result['model']}, {result['precision']}, {result['machine']}", fontsize=9)
+    figure.savefig(path, dpi=150, format="png")
