@@ -103,6 +103,7 @@ class DNAZenConfig(PreTrainedConfig):
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
         super()._remove_keys_not_serialized(d)
         d.pop("impl", None)
+        d.pop("_in_file", None)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> tuple[dict, dict]:
@@ -124,7 +125,11 @@ class DNAZenConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in Hugging Face, but fields given by name take part in the checks."""
         given = {field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs}
-        return super().from_dict({**config_dict, **given}, **kwargs)
+        result = super().from_dict({**config_dict, **given}, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        # what the file says of itself, for the check of the weights beside it
+        config._in_file = {name: config_dict[name] for name in ("ngram_vocab_size", "architectures") if name in config_dict}
+        return result
 
     @classmethod
     def from_size(cls, size_or_json_path: str | os.PathLike, **overrides: Any) -> "DNAZenConfig":

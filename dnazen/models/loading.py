@@ -25,7 +25,8 @@ class StrictLoading:
     """`from_pretrained` that lets no difference between file and model pass unsaid; stands before `PreTrainedModel`.
 
     Hugging Face initialises missing weights and drops unexpected ones with a warning. Here only whole parts may be
-    absent from a file (`new_parts`; they start random) or be left unused (`unused_parts`); both are logged.
+    absent from a file (`new_parts`; they start random) or be left unused (`unused_parts`); both are logged. What the
+    configuration beside the file says is there may not be absent.
     """
 
     new_parts: tuple[tuple[str, ...], ...] = (NGRAM_PART,)  # DNABERT-2 has no G-grams
@@ -75,8 +76,11 @@ class StrictLoading:
             name: f"{name} (expected {list(expected)}, found {list(found)})"
             for name, found, expected in info["mismatched_keys"]
         }
+        described = getattr(model.config, "_in_file", {})
         new: set[str] = set()
         for part in cls.new_parts:
+            if _is_described(part, described):
+                continue
             members = {name for name in parameters if _belongs(name, part)}
             if members <= missing:
                 new |= members
@@ -105,6 +109,14 @@ class StrictLoading:
 
 def _belongs(name: str, part: Iterable[str]) -> bool:
     return any(fnmatchcase(name.removeprefix("bert."), pattern) for pattern in part)
+
+
+def _is_described(part: tuple[str, ...], configuration: dict[str, Any]) -> bool:
+    """Whether a file beside this configuration must have the part, so that its absence is damage."""
+    if part == NGRAM_PART:
+        return "ngram_vocab_size" in configuration
+    architectures = configuration.get("architectures") or ()
+    return CLASSIFIER[0] in part and any("SequenceClassification" in name for name in architectures)
 
 
 def _group(names: Iterable[str]) -> str:

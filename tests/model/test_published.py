@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from dnazen.files import InputError
@@ -223,6 +223,20 @@ def test_missing_weights_are_all_named(lost, tmp_path):
     message = refused(DNAZenForMaskedLM, tmp_path)
     assert message.startswith(f"{tmp_path}: expected the weights of DNAZenForMaskedLM, found missing: ")
     assert all(name in message for name in lost)
+
+
+@pytest.mark.parametrize(
+    "model_class, part", [(DNAZenForMaskedLM, "ngram"), (DNAZenForSequenceClassification, "classifier")]
+)
+def test_a_part_that_the_configuration_promises_is_not_made_up(model_class, part, tmp_path):
+    """DNABERT-2 has no G-grams and a pretrained model no classifier; these have, and lost theirs."""
+    model_class(DNAZenConfig(**SMALL)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if part not in name}
+    assert 0 < len(kept) < len(weights)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    message = refused(model_class, tmp_path)
+    assert "missing: " in message and all(name in message for name in weights.keys() - kept.keys())
 
 
 def test_unexpected_and_misshaped_weights_are_all_named(tmp_path):

@@ -192,6 +192,11 @@ def test_ngrams_without_their_weights(dnazen, corpus, vocabulary):
     weights = load_file(dnazen / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if "ngram_" not in name}
     save_file(kept, dnazen / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="found missing: bert.encoder.ngram_layers.0"):
+        started_model(dnazen, corpus, vocabulary)
+    config = json.loads((dnazen / "config.json").read_text())
+    del config["ngram_vocab_size"]  # as DNABERT-2's, but beside a list of G-grams
+    (dnazen / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="expected weights of the G-grams in ngram.json, found none"):
         started_model(dnazen, corpus, vocabulary)
 
