@@ -18,7 +18,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import ModelOutput, can_return_tuple
 
-from dnazen.layers.attention import alibi_bias, packed_attention, padded_attention
+from dnazen.files import InputError
+from dnazen.layers.attention import (
+    BACKENDS,
+    Selection,
+    alibi_slopes,
+    packed_attention,
+    padded_attention,
+    select_attention,
+)
 from dnazen.layers.encoder import Embeddings, FusedEncoder
 from dnazen.layers.fusion import packed_add_norm, padded_add_norm
 from dnazen.layers.padding import PackedBatch, PaddedLayout, batch_without_ngrams, dense_matching_matrix, pack_batch
@@ -98,7 +106,31 @@ class DNAZenPreTrainedModel(StrictLoading, PreTrainedModel):
     config_class = DNAZenConfig
     base_model_prefix = "bert"
     _input_embed_layer = "word_embeddings"
-    _supports_sdpa = True
+    supports_gradient_checkpointing = True
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str | None:
+        """Hugging Face's hook for `attn_implementation`: here the names are ours, and None lets `select_attention` choose.
+
+        Hugging Face's own would take "sdpa" for None, and ask the hub for a package that is not installed. What runs
+        depends on device and type, which are not settled before the first forward.
+
+        Raises:
+            InputError: the name is unknown.
+        """
+        if attn_implementation in (None, "auto"):
+            return None
+        if attn_implementation not in BACKENDS:
+            expected = ", ".join(["auto", *BACKENDS])
+            raise InputError(f"attn_implementation: expected one of {expected}, found {attn_implementation!r}")
+        return attn_implementation
+
+    def select_attention(self, device: torch.device, dtype: torch.dtype, training: bool = True) -> Selection:
+        """The attention that both encoders run on such a device in such a type; see `select_attention` in the layers."""
+        config = self.config
+        head_dim = config.hidden_size // config.num_attention_heads
+        return select_attention(
+            config._attn_implementation, device, dtype, config.num_attention_heads, head_dim, training
+        )
 
 
 class DNAZenModel(DNAZenPreTrainedModel):
@@ -142,18 +174,21 @@ class DNAZenModel(DNAZenPreTrainedModel):
             attention_mask=attention_mask, ngram_attention_mask=ngram_attention_mask,
             ngram_position_matrix=ngram_position_matrix,
         )  # fmt: skip
-        implementation, is_reference = self.config._attn_implementation, self.config.impl == "reference"
+        is_reference = self.config.impl == "reference"
+        implementation = "eager" if is_reference else self._attention_of_this_pass(batch.input_ids.device)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if output_attentions and implementation != "eager" and not is_reference:
+        if output_attentions and implementation != "eager":
             raise ValueError(
                 f"output_attentions: expected attn_implementation='eager', which alone returns weights, "
                 f"found {implementation!r}"
             )
-        encode = self._encode_padded if is_reference else self._encode_packed
-        all_hidden_states, attentions = encode(batch, output_hidden_states)
+        if is_reference:
+            all_hidden_states, attentions = self._encode_padded(batch, output_hidden_states)
+        else:
+            all_hidden_states, attentions = self._encode_packed(batch, implementation, output_hidden_states)
         first_tokens = all_hidden_states[-1].index_select(0, batch.cu_seqlens[:-1])
         pooler_output = None if self.pooler is None else self.pooler(first_tokens)
         if layout is not None:
@@ -165,14 +200,20 @@ class DNAZenModel(DNAZenPreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
         )
 
-    def _encode_packed(self, batch: PackedBatch, keep_all: bool) -> tuple[list[Tensor], list[Tensor | None]]:
-        implementation = self.config._attn_implementation
-        bias = alibi_bias(self.config.num_attention_heads, batch.max_seqlen, batch.input_ids.device)
+    def _attention_of_this_pass(self, device: torch.device) -> str:
+        is_autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_autocast else self.embeddings.LayerNorm.weight.dtype
+        return self.select_attention(device, dtype, torch.is_grad_enabled()).name
+
+    def _encode_packed(
+        self, batch: PackedBatch, attention: str, keep_all: bool
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        slopes = alibi_slopes(self.config.num_attention_heads, batch.input_ids.device)
         return self.encoder(
             self.embeddings(batch.input_ids),
             self.ngram_embeddings(batch.ngram_input_ids),
-            packed_attention(implementation, batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids), bias),
-            packed_attention(implementation, batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids)),
+            packed_attention(attention, batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids), slopes),
+            packed_attention(attention, batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids)),
             packed_add_norm(batch, self.config.impl),
             keep_all,
         )
@@ -181,11 +222,11 @@ class DNAZenModel(DNAZenPreTrainedModel):
         """The reference: padded states, dense bias, explicit attention, einsum over a dense matching matrix."""
         tokens = PaddedLayout.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids))
         ngrams = PaddedLayout.from_cu_seqlens(batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids))
-        bias = alibi_bias(self.config.num_attention_heads, batch.max_seqlen, batch.input_ids.device)
+        slopes = alibi_slopes(self.config.num_attention_heads, batch.input_ids.device)
         all_hidden_states, attentions = self.encoder(
             self.embeddings(tokens.pad(batch.input_ids)),
             self.ngram_embeddings(ngrams.pad(batch.ngram_input_ids)),
-            padded_attention(batch.cu_seqlens, batch.max_seqlen, bias),
+            padded_attention(batch.cu_seqlens, batch.max_seqlen, slopes),
             padded_attention(batch.ngram_cu_seqlens, batch.max_ngrams),
             padded_add_norm(dense_matching_matrix(batch, tokens, ngrams)),
             keep_all,
