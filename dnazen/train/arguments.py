@@ -23,7 +23,6 @@ REFUSED = {
     "dataloader_drop_last": _ORDER,
     "train_sampling_strategy": _ORDER,
     "label_smoothing_factor": _UNSUPPORTED,
-    "gradient_checkpointing": _UNSUPPORTED,
     "torch_empty_cache_steps": _UNSUPPORTED,
     "neftune_noise_alpha": _UNSUPPORTED,
     "fsdp": _UNSUPPORTED + ": use --deepspeed",

@@ -153,10 +153,10 @@ class PretrainingTrainer(Trainer):
         batches = []
         masked = torch.zeros((), dtype=torch.int64)
         for batch, num_dropped in itertools.islice(epoch_iterator, num_batches):
-            count = (batch["labels"] != -100).sum()
+            count = len(batch["masked_positions"])
             tokens = batch["input_ids"].numel()
             special = 2 * (batch["cu_seqlens"].numel() - 1)
-            self._interval += [tokens, tokens - special, int(count), num_dropped]
+            self._interval += [tokens, tokens - special, count, num_dropped]
             batches.append(batch)
             masked += count
         return batches, self._sum_over_processes(masked)
@@ -215,7 +215,7 @@ class PretrainingTrainer(Trainer):
         for index, (batch, _) in enumerate(loader):
             batch = self._prepare_inputs(batch)
             outputs = model(**batch, num_items_in_batch=1)
-            labels = batch["labels"][batch["labels"] != -100]
+            labels = batch["labels"].index_select(0, batch["masked_positions"])
             correct = (outputs.logits.argmax(-1) == labels).sum()
             counts = index * world_size + rank < len(micro_batches)
             totals += counts * torch.stack([outputs.loss.double(), correct.double(), torch.tensor(len(labels)).to(correct)])

@@ -35,7 +35,6 @@ def test_corpus_without_ngrams(prepared):
         ("data_seed", 3, "--seed"),
         ("label_smoothing_factor", 0.1, "not supported"),
         ("save_only_model", True, "cannot be resumed"),
-        ("gradient_checkpointing", True, "not supported"),
     ],
 )
 def test_trainer_flag_that_would_be_ignored(prepared, name, value, reason):
