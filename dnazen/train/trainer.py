@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DynamoBackend
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -94,6 +95,10 @@ class PretrainingTrainer(Trainer):
         # our sampler starts at the checkpoint's position, so Trainer must not skip batches by itself
         args.ignore_data_skip = True
         super().__init__(args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        if args.torch_compile:
+            # by parts; Trainer would compile the whole model, whose shapes depend on the data
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+            self.model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.vocabulary, self.agreement = vocabulary, agreement
         lengths = eval_dataset.split.lengths
         runs = pack_by_budget(lengths, np.arange(len(lengths)), max_batch_tokens)

@@ -1,0 +1,88 @@
+"""What must not cost time on a GPU: graph breaks, recompilations, and waits of the host for the device."""
+
+import os
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dnazen.models import DNAZenForMaskedLM
+from tests.ops.synchronisations import ForbidSynchronisation
+
+# One token budget; other lengths, numbers of sequences, G-grams and edges in every batch.
+BATCHES = [
+    ([20, 30, 14], [3, 2, 4]),
+    ([10, 40, 14], [1, 0, 5]),
+    ([32, 32], [5, 6]),
+    ([20, 5, 5, 34], [1, 1, 1, 1]),
+    ([63], [2]),
+    ([8] * 7, [0, 0, 3, 0, 0, 0, 9]),
+]
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("is_checkpointing", [False, True])
+@pytest.mark.parametrize("impl", ["reference kernels", "triton"])
+def test_compiled_layers_equal_eager_ones_and_compile_once(
+    impl, is_checkpointing, config, make_batch, fresh_dynamo
+):
+    """`fullgraph` makes any graph break an error. Attention is sdpa's; on a GPU it is as little part of the graphs."""
+    if impl == "triton":
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device")
+        config.impl = "triton"
+    device = "cuda" if torch.cuda.is_available() and impl == "triton" else "cpu"
+    plain = DNAZenForMaskedLM(config).to(device)
+    compiled = DNAZenForMaskedLM(config).to(device)
+    compiled.load_state_dict(plain.state_dict())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled.compile_layers(backend=counter)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    if is_checkpointing:
+        compiled._set_gradient_checkpointing()
+    compiled.train()
+    counts = []
+    for seed, (lengths, ngram_counts) in enumerate(BATCHES):
+        batch = make_batch(lengths, ngram_counts, seed=seed)
+        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        results = []
+        for model in (plain, compiled):
+            model.zero_grad()
+            loss = model(**batch).loss
+            loss.backward()
+            results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=2e-5)
+        counts.append(counter.frame_count)
+    assert counts[0] > 0, "nothing was compiled"
+    assert counts == [counts[0]] * len(BATCHES)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_no_forward_waits_for_the_device(config, make_batch, device):
+    """On a CPU by the operators called, and forward alone (flex has no backward there); on a GPU the backward too."""
+    config.impl, config._attn_implementation = "triton", "flex_attention"
+    model = DNAZenForMaskedLM(config).to(device)
+    batch = make_batch([20, 30, 14], [3, 0, 4])
+    batch["masked_positions"] = (batch["labels"] != -100).nonzero().squeeze(1)
+    batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    num_items = torch.tensor(40, device=device)
+
+    def step():
+        loss = model(**batch, num_items_in_batch=num_items).loss
+        if device.type == "cuda":
+            loss.backward()
+
+    with torch.set_grad_enabled(device.type == "cuda"):
+        step()  # compiles, and chooses the attention
+        with ForbidSynchronisation(device):
+            step()
+        del batch["masked_positions"]
+        with pytest.raises((AssertionError, RuntimeError), match="waits for the device|synchroniz"):
+            with ForbidSynchronisation(device):
+                step()
