@@ -117,6 +117,10 @@ class PretrainingArguments(TrainingArguments):
                 raise InputError(f"--{name} {reason}")
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()
+        if self.torch_compile and self.deepspeed and self.hf_deepspeed_config.is_zero3():
+            raise InputError(
+                "--torch_compile does not go with ZeRO-3, whose hooks around every layer cannot be compiled: use ZeRO-2"
+            )
         if self.n_gpu > 1:
             raise InputError(
                 f"one process found {self.n_gpu} GPUs: start one process a GPU with `deepspeed` or "
