@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import flex_attention
 
-from dnazen.layers.attention import Selection
+from dnazen.layers.attention import Selection, alibi_slopes, packed_attention
 from dnazen.models import DNAZenForMaskedLM
 from tests.ops.synchronisations import ForbidSynchronisation
 
@@ -90,3 +91,21 @@ def test_no_step_waits_for_the_device(config, make_batch, device, monkeypatch):
     with pytest.raises((AssertionError, RuntimeError), match="waits for the device|synchroniz"):
         with ForbidSynchronisation(device):
             step()
+
+
+def test_flex_attention_compiles_once_for_both_encoders(fresh_dynamo, monkeypatch):
+    """Whatever the number of rows and of sequences. Traced on a CPU; how PyTorch lowers it for a GPU is not seen here."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=counter)
+    monkeypatch.setattr("dnazen.layers.attention.flex.flex_attention", compiled)
+    for lengths in ([200, 60, 300], [128, 128], [300, 20, 1, 0, 40], [500, 500], [130], [1] * 700):
+        total = sum(lengths) + 5
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        states = torch.randn(total, 3, 12, 8).unbind(1)
+        for slopes in (alibi_slopes(12), None):
+            contexts = [
+                packed_attention(name, cu_seqlens, max(lengths), total, slopes)(*states)[0]
+                for name in ("flex_attention", "eager")
+            ]
+            torch.testing.assert_close(*contexts, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1

@@ -13,8 +13,9 @@ BLOCK = 128  # rows and columns of a tile that is skipped or computed
 
 @lru_cache
 def _compiled_flex_attention():
-    # dynamic: the number of tokens and of G-grams is another in every batch
-    return torch.compile(flex_attention, dynamic=True)
+    # dynamic: the number of tokens and of G-grams is another in every batch; fullgraph: else, compiled too often, it
+    # would go on without its kernel in silence, in memory that grows with the square of their number
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def sequence_block_mask(cu_seqlens: Tensor, total: int) -> BlockMask:
@@ -52,13 +53,15 @@ def packed_flex_attention(cu_seqlens: Tensor, max_seqlen: int, total: int, slope
     """FlexAttention, compiled on a GPU. On a CPU it has no backward."""
     block_mask = sequence_block_mask(cu_seqlens, total)
 
-    def alibi(score, batch, head, q_idx, kv_idx):
-        return score - slopes[head] * (q_idx - kv_idx).abs()  # within a sequence packed distances are the distances
-
     def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
+        # Slopes of 0 where there is no ALiBi: one kernel for both encoders, for compiling takes long.
+        slope = query.new_zeros(query.shape[1], dtype=torch.float32) if slopes is None else slopes
+
+        def alibi(score, batch, head, q_idx, kv_idx):
+            return score - slope[head] * (q_idx - kv_idx).abs()  # in a sequence, packed distances are the distances
+
         states = (states.transpose(0, 1)[None] for states in (query, key, value))
         attention = _compiled_flex_attention() if query.is_cuda else flex_attention
-        context = attention(*states, score_mod=None if slopes is None else alibi, block_mask=block_mask)
-        return context[0].transpose(0, 1), None
+        return attention(*states, score_mod=alibi, block_mask=block_mask)[0].transpose(0, 1), None
 
     return attend
