@@ -68,7 +68,8 @@ class PackedCollator:
 
         Returns:
             The packed batch: `input_ids [T]`, `cu_seqlens [B+1]`, `max_seqlen`, `ngram_input_ids [N]`,
-            `ngram_cu_seqlens [B+1]`, `max_ngrams`, both CSR views of the matching matrix, and `labels [T]` if masking.
+            `ngram_cu_seqlens [B+1]`, `max_ngrams`, both CSR views of the matching matrix, and, if masking, `labels [T]`
+            and the indices of the masked tokens in them, `masked_positions`.
             G-grams cut by the vocabulary's cap are counted in `num_dropped`, for this batch.
         """
         lengths = np.array([len(sequence) + SPECIAL_TOKENS_PER_SEQUENCE for sequence in sequences], dtype=np.int64)
@@ -102,6 +103,8 @@ class PackedCollator:
             )
             batch = masked.trimmed()._asdict()
             del batch["counts"]
+            # found here: on a GPU their number would have to be waited for
+            batch["masked_positions"] = (batch["labels"] != -100).nonzero().squeeze(1)
         if not self.use_ngrams:
             batch = without_ngrams(batch)
         batch["cu_seqlens"] = starts

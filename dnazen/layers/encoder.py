@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dnazen.layers.attention import Attention, FusedSelfAttention, SelfAttention
 from dnazen.layers.fusion import AddNorm, ResidualLayerNorm
@@ -72,7 +73,7 @@ class GatedMLP(nn.Module):
         return self.layernorm(output, hidden_states, add_norm, ngram_hidden_states)
 
 
-class TokenLayer(nn.Module):
+class TokenLayer(GradientCheckpointingLayer):
     """A layer of E4BU, after which the states of the covering G-grams (if given) are added to each token's."""
 
     def __init__(self, config) -> None:
@@ -87,7 +88,7 @@ class TokenLayer(nn.Module):
         return self.mlp(hidden_states, add_norm, ngram_hidden_states), weights
 
 
-class NgramLayer(nn.Module):
+class NgramLayer(GradientCheckpointingLayer):
     """A layer of the G-gram encoder: a standard post-LN BERT layer."""
 
     def __init__(self, config) -> None:

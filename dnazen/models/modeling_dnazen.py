@@ -18,8 +18,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import ModelOutput, can_return_tuple
 
-from dnazen.layers.attention import alibi_bias, packed_attention, padded_attention
-from dnazen.layers.encoder import Embeddings, FusedEncoder
+from dnazen.files import InputError
+from dnazen.layers.attention import (
+    BACKENDS,
+    Selection,
+    alibi_slopes,
+    packed_attention,
+    padded_attention,
+    select_attention,
+)
+from dnazen.layers.encoder import Embeddings, FusedEncoder, GatedMLP, ResidualOutput
 from dnazen.layers.fusion import packed_add_norm, padded_add_norm
 from dnazen.layers.padding import PackedBatch, PaddedLayout, batch_without_ngrams, dense_matching_matrix, pack_batch
 from dnazen.models.configuration_dnazen import DNAZenConfig
@@ -98,7 +106,41 @@ class DNAZenPreTrainedModel(StrictLoading, PreTrainedModel):
     config_class = DNAZenConfig
     base_model_prefix = "bert"
     _input_embed_layer = "word_embeddings"
-    _supports_sdpa = True
+    supports_gradient_checkpointing = True
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str | None:
+        """Hugging Face's hook for `attn_implementation`: here the names are ours, and None lets `select_attention` choose.
+
+        Hugging Face's own would take "sdpa" for None, and ask the hub for a package that is not installed. What runs
+        depends on device and type, which are not settled before the first forward.
+
+        Raises:
+            InputError: the name is unknown.
+        """
+        if attn_implementation in (None, "auto"):
+            return None
+        if attn_implementation not in BACKENDS:
+            expected = ", ".join(["auto", *BACKENDS])
+            raise InputError(f"attn_implementation: expected one of {expected}, found {attn_implementation!r}")
+        return attn_implementation
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compile what lies between attention and the G-gram operators, in place; `options` are `torch.compile`'s.
+
+        Attention is left out: its kernels are compiled already, and not every package's can be traced. Sizes are dynamic,
+        for no two batches have the same; only a batch with no G-gram, or one, compiles anew, once.
+        """
+        for module in self.modules():
+            if isinstance(module, (GatedMLP, ResidualOutput)):
+                module.compile(dynamic=True, fullgraph=True, **options)
+
+    def select_attention(self, device: torch.device, dtype: torch.dtype, training: bool = True) -> Selection:
+        """The attention that both encoders run on such a device in such a type; see `select_attention` in the layers."""
+        config = self.config
+        head_dim = config.hidden_size // config.num_attention_heads
+        return select_attention(
+            config._attn_implementation, device, dtype, config.num_attention_heads, head_dim, training
+        )
 
 
 class DNAZenModel(DNAZenPreTrainedModel):
@@ -142,18 +184,21 @@ class DNAZenModel(DNAZenPreTrainedModel):
             attention_mask=attention_mask, ngram_attention_mask=ngram_attention_mask,
             ngram_position_matrix=ngram_position_matrix,
         )  # fmt: skip
-        implementation, is_reference = self.config._attn_implementation, self.config.impl == "reference"
+        is_reference = self.config.impl == "reference"
+        implementation = "eager" if is_reference else self._attention_of_this_pass(batch.input_ids.device)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if output_attentions and implementation != "eager" and not is_reference:
+        if output_attentions and implementation != "eager":
             raise ValueError(
                 f"output_attentions: expected attn_implementation='eager', which alone returns weights, "
                 f"found {implementation!r}"
             )
-        encode = self._encode_padded if is_reference else self._encode_packed
-        all_hidden_states, attentions = encode(batch, output_hidden_states)
+        if is_reference:
+            all_hidden_states, attentions = self._encode_padded(batch, output_hidden_states)
+        else:
+            all_hidden_states, attentions = self._encode_packed(batch, implementation, output_hidden_states)
         first_tokens = all_hidden_states[-1].index_select(0, batch.cu_seqlens[:-1])
         pooler_output = None if self.pooler is None else self.pooler(first_tokens)
         if layout is not None:
@@ -165,14 +210,20 @@ class DNAZenModel(DNAZenPreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
         )
 
-    def _encode_packed(self, batch: PackedBatch, keep_all: bool) -> tuple[list[Tensor], list[Tensor | None]]:
-        implementation = self.config._attn_implementation
-        bias = alibi_bias(self.config.num_attention_heads, batch.max_seqlen, batch.input_ids.device)
+    def _attention_of_this_pass(self, device: torch.device) -> str:
+        is_autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_autocast else self.embeddings.LayerNorm.weight.dtype
+        return self.select_attention(device, dtype, torch.is_grad_enabled()).name
+
+    def _encode_packed(
+        self, batch: PackedBatch, attention: str, keep_all: bool
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        slopes = alibi_slopes(self.config.num_attention_heads, batch.input_ids.device)
         return self.encoder(
             self.embeddings(batch.input_ids),
             self.ngram_embeddings(batch.ngram_input_ids),
-            packed_attention(implementation, batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids), bias),
-            packed_attention(implementation, batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids)),
+            packed_attention(attention, batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids), slopes),
+            packed_attention(attention, batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids)),
             packed_add_norm(batch, self.config.impl),
             keep_all,
         )
@@ -181,11 +232,11 @@ class DNAZenModel(DNAZenPreTrainedModel):
         """The reference: padded states, dense bias, explicit attention, einsum over a dense matching matrix."""
         tokens = PaddedLayout.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids))
         ngrams = PaddedLayout.from_cu_seqlens(batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids))
-        bias = alibi_bias(self.config.num_attention_heads, batch.max_seqlen, batch.input_ids.device)
+        slopes = alibi_slopes(self.config.num_attention_heads, batch.input_ids.device)
         all_hidden_states, attentions = self.encoder(
             self.embeddings(tokens.pad(batch.input_ids)),
             self.ngram_embeddings(ngrams.pad(batch.ngram_input_ids)),
-            padded_attention(batch.cu_seqlens, batch.max_seqlen, bias),
+            padded_attention(batch.cu_seqlens, batch.max_seqlen, slopes),
             padded_attention(batch.ngram_cu_seqlens, batch.max_ngrams),
             padded_add_norm(dense_matching_matrix(batch, tokens, ngrams)),
             keep_all,
@@ -204,8 +255,8 @@ class DNAZenWithHead(DNAZenPreTrainedModel):
         ngram_offsets: Tensor | None = None, ngram_tokens: Tensor | None = None,
         attention_mask: Tensor | None = None, ngram_attention_mask: Tensor | None = None,
         ngram_position_matrix: Tensor | None = None, labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None, output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        masked_positions: Tensor | None = None, num_items_in_batch: Tensor | int | None = None,
+        output_attentions: bool | None = None, output_hidden_states: bool | None = None,
     ) -> ModelOutput:  # fmt: skip
         """Run encoders and head on packed or padded input (see the module's docstring and the class's)."""
         outputs = self.bert(
@@ -216,7 +267,7 @@ class DNAZenWithHead(DNAZenPreTrainedModel):
             ngram_position_matrix=ngram_position_matrix, output_attentions=output_attentions,
             output_hidden_states=output_hidden_states, return_dict=True,
         )  # fmt: skip
-        loss, logits = self.head(outputs, labels, num_items_in_batch)
+        loss, logits = self.head(outputs, labels, masked_positions, num_items_in_batch)
         return self.output_class(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -228,7 +279,8 @@ class DNAZenForMaskedLM(DNAZenWithHead):
     Without `labels`, `logits` is `[T, V]`, or `[B, S, V]` for padded input, without meaning at padding. With `labels`
     (shaped as `input_ids`; the original id at masked positions, -100 elsewhere) the head runs at the masked positions
     alone: `logits` is `[number of masked positions, V]`, and `loss` the summed cross-entropy, in fp32, over
-    `num_items_in_batch` (default: the masked positions at hand); it is 0 if nothing is masked.
+    `num_items_in_batch` (default: the masked positions at hand); it is 0 if nothing is masked. `masked_positions`, the
+    indices of those positions in the flattened labels, ascending, spares a GPU the wait to find them.
     """
 
     unused_parts = (POOLER,)
@@ -248,17 +300,18 @@ class DNAZenForMaskedLM(DNAZenWithHead):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.cls["predictions"].decoder = value
 
-    def head(self, outputs, labels, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
+    def head(self, outputs, labels, masked_positions, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
         hidden_states, predict = outputs.last_hidden_state, self.cls["predictions"]
         if labels is None:
             return None, predict(hidden_states)
         _check_shape("labels", labels, tuple(hidden_states.shape[:-1]))
         labels = labels.flatten()
-        masked = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        logits = predict(hidden_states.flatten(0, -2).index_select(0, masked))
-        loss = F.cross_entropy(logits.float(), labels[masked], reduction="sum")
-        count = len(masked) if num_items_in_batch is None else num_items_in_batch
-        return loss / torch.as_tensor(count, device=loss.device).clamp(min=1), logits
+        if masked_positions is None:
+            masked_positions = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        logits = predict(hidden_states.flatten(0, -2).index_select(0, masked_positions))
+        loss = F.cross_entropy(logits.float(), labels.index_select(0, masked_positions), reduction="sum")
+        count = len(masked_positions) if num_items_in_batch is None else num_items_in_batch
+        return loss / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)), logits
 
 
 class DNAZenForSequenceClassification(DNAZenWithHead):
@@ -280,7 +333,7 @@ class DNAZenForSequenceClassification(DNAZenWithHead):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def head(self, outputs, labels, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
+    def head(self, outputs, labels, masked_positions, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
         logits = self.classifier(self.dropout(outputs.pooler_output))
         if labels is None:
             return None, logits

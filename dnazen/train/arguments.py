@@ -23,7 +23,6 @@ REFUSED = {
     "dataloader_drop_last": _ORDER,
     "train_sampling_strategy": _ORDER,
     "label_smoothing_factor": _UNSUPPORTED,
-    "gradient_checkpointing": _UNSUPPORTED,
     "torch_empty_cache_steps": _UNSUPPORTED,
     "neftune_noise_alpha": _UNSUPPORTED,
     "fsdp": _UNSUPPORTED + ": use --deepspeed",
@@ -124,6 +123,10 @@ class PretrainingArguments(TrainingArguments):
             raise InputError(f"--seed must be at least 0, got {self.seed}")
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()
+        if self.torch_compile and self.deepspeed and self.hf_deepspeed_config.is_zero3():
+            raise InputError(
+                "--torch_compile does not go with ZeRO-3, whose hooks around every layer cannot be compiled: use ZeRO-2"
+            )
         if self.n_gpu > 1:
             raise InputError(
                 f"one process found {self.n_gpu} GPUs: start one process a GPU with `deepspeed` or "

@@ -228,10 +228,13 @@ def describe(
     args, config, agreement = trainer.args, trainer.model.config, trainer.agreement
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    attention = trainer.model.select_attention(args.device, dtype)
     lines = [
         f"DNAZEN {data_args.model_name}: {parameters / 1e6:.1f} M parameters, {agreement['precision']}, "
         f"{agreement['engine']}, {args.world_size} process(es) on {device}, "
-        f"attention {config._attn_implementation}, operators {config.impl}",
+        f"attention {attention.name}, operators {config.impl}",
+        *(f"attention is not {name}: {reason}" for name, reason in attention.reasons.items()),
         f"data: {corpus.train.num_tokens:,} tokens in {len(corpus.train):,} sequences, "
         f"{len(corpus.validation):,} held out; {len(vocabulary.ngrams):,} G-grams",
         f"masking: {'whole G-grams' if masking.whole_ngram else 'single tokens'}, "

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DynamoBackend
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -95,6 +96,10 @@ class PretrainingTrainer(Trainer):
         # our sampler starts at the checkpoint's position, so Trainer must not skip batches by itself
         args.ignore_data_skip = True
         super().__init__(args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        if args.torch_compile:
+            # by parts; Trainer would compile the whole model, whose shapes depend on the data
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+            self.model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.vocabulary, self.agreement = vocabulary, agreement
         lengths = eval_dataset.split.lengths
         runs = pack_by_budget(lengths, np.arange(len(lengths)), max_batch_tokens)
@@ -155,10 +160,10 @@ class PretrainingTrainer(Trainer):
         batches = []
         masked = torch.zeros((), dtype=torch.int64)
         for batch, num_dropped in itertools.islice(epoch_iterator, num_batches):
-            count = (batch["labels"] != -100).sum()
+            count = len(batch["masked_positions"])
             tokens = batch["input_ids"].numel()
             special = 2 * (batch["cu_seqlens"].numel() - 1)
-            self._interval += [tokens, tokens - special, int(count), num_dropped]
+            self._interval += [tokens, tokens - special, count, num_dropped]
             batches.append(batch)
             masked += count
         return batches, self._sum_over_processes(masked)
@@ -217,7 +222,7 @@ class PretrainingTrainer(Trainer):
         for index, (batch, _) in enumerate(loader):
             batch = self._prepare_inputs(batch)
             outputs = model(**batch, num_items_in_batch=1)
-            labels = batch["labels"][batch["labels"] != -100]
+            labels = batch["labels"].index_select(0, batch["masked_positions"])
             correct = (outputs.logits.argmax(-1) == labels).sum()
             counts = index * world_size + rank < len(micro_batches)
             totals += counts * torch.stack([outputs.loss.double(), correct.double(), torch.tensor(len(labels)).to(correct)])

@@ -1,9 +1,39 @@
-"""Slopes, bias, and the implementations of attention against each other."""
+"""Slopes, bias, the back-ends of attention against each other, and the choice among them."""
+
+import itertools
+import sys
+import types
 
 import pytest
 import torch
 
-from dnazen.layers.attention import alibi_bias, alibi_slopes, packed_attention
+from dnazen.files import InputError
+from dnazen.layers.attention import BACKENDS, alibi_bias, alibi_slopes, packed_attention, select, select_attention
+from dnazen.layers.attention.flash import cover_all_rows
+from dnazen.layers.attention.flex import sequence_block_mask
+from dnazen.models import DNAZenConfig, DNAZenModel
+
+CPU = torch.device("cpu")
+# Several in a tile and several tiles in one, whole tiles, one row more or less than a tile, empty at either end, rows of
+# no sequence behind (the last number).
+LENGTHS = {
+    "mixed": ([3, 3, 9, 0, 3], 0),
+    "all empty": ([0, 0], 0),
+    "all empty, rows behind": ([0, 0], 4),
+    "one row": ([1], 0),
+    "one row of two": ([1], 1),
+    "empty at both ends": ([0, 5, 0, 0, 5, 0], 7),
+    "whole tiles": ([128, 256, 128], 128),
+    "across tiles": ([127, 1, 129, 300, 2], 200),
+}
+
+
+def _inputs(lengths, tail, heads=3, head_dim=8, dtype=torch.float32, device=CPU):
+    total = sum(lengths) + tail
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(4, total, heads, head_dim, generator=generator).to(device, dtype)
+    return cu_seqlens, max(lengths), total, states
 
 
 @pytest.mark.parametrize(
@@ -23,36 +53,328 @@ def test_slopes_by_hand(num_heads, exponents):
 
 
 def test_bias_is_bidirectional():
-    bias = alibi_bias(8, 4)
+    bias = alibi_bias(alibi_slopes(8), 4)
     assert bias[1].tolist() == [
         [0, -0.25, -0.5, -0.75], [-0.25, 0, -0.25, -0.5], [-0.5, -0.25, 0, -0.25], [-0.75, -0.5, -0.25, 0]
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("lengths", [[3, 3, 9, 0, 3], [0, 0], [1], [5, 0, 0, 5]])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_sdpa_equals_eager(lengths, with_bias):
-    total, heads, longest = sum(lengths), 3, max(lengths)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    bias = alibi_bias(heads, longest) if with_bias else None
+@pytest.mark.parametrize("with_alibi", [True, False])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_sdpa_equals_eager(lengths, with_alibi):
+    cu_seqlens, longest, total, (*states, grad) = _inputs(*LENGTHS[lengths])
+    slopes = alibi_slopes(3) if with_alibi else None
     results = []
-    for implementation in ("sdpa", "eager"):
-        torch.manual_seed(1)
-        states = torch.randn(3, total, heads, 8, requires_grad=True)
-        context, weights = packed_attention(implementation, cu_seqlens, longest, total, bias)(*states.unbind(0))
-        (context * torch.arange(8.0)).sum().backward()
-        results.append((context.detach(), states.grad))
-        assert (weights is None) == (implementation == "sdpa")
-    # fp32: sums of at most 9 terms in another order.
+    for name in ("sdpa", "eager"):
+        states = [s.detach().clone().requires_grad_() for s in states]
+        context, weights = packed_attention(name, cu_seqlens, longest, total, slopes)(*states)
+        context.backward(grad)
+        results.append((context.detach(), *(s.grad for s in states)))
+        assert (weights is None) == (name == "sdpa")
+        assert not torch.stack(results[-1])[:, cu_seqlens[-1] :].any()  # rows of no sequence
+    # fp32: sums of at most 300 terms in another order.
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 
-def test_unknown_implementation():
-    with pytest.raises(ValueError, match="attn_implementation: expected one of sdpa, eager, found 'fast'"):
-        packed_attention("fast", torch.tensor([0, 1], dtype=torch.int32), 1, 1)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("with_alibi", [True, False])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_flex_equals_eager_forward(lengths, with_alibi):
+    """On a CPU, where PyTorch runs it without tiles; the tiles are `test_tiles_of_sequences`'."""
+    cu_seqlens, longest, total, (*states, _) = _inputs(*LENGTHS[lengths])
+    slopes = alibi_slopes(3) if with_alibi else None
+    expected, found = (
+        packed_attention(name, cu_seqlens, longest, total, slopes)(*states)[0] for name in ("eager", "flex_attention")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("bounds", [[0, 4], [1, 5], [0, 4, 2, 5], [0, 5, 5]])
-def test_bounds_that_do_not_fit_the_tokens(bounds):
-    with pytest.raises(ValueError, match="cu_seqlens: expected to ascend from 0 to 5 by at most 4"):
-        packed_attention("sdpa", torch.tensor(bounds, dtype=torch.int32), 4, 5)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "length"), [(12, 64, 4096), (16, 64, 1000), (12, 128, 1000)], ids="base large xlarge".split()
+)
+@pytest.mark.parametrize("name", ["sdpa", "flex_attention"])
+def test_published_sizes_up_to_4096_tokens(name, heads, head_dim, length):
+    """Against the formula at some rows."""
+    cu_seqlens, longest, total, (*states, _) = _inputs([1, length], 0, heads, head_dim)
+    sample = torch.tensor([0, 1, 2, 700, length])
+    context = packed_attention(name, cu_seqlens, longest, total, alibi_slopes(heads))(*states)[0][sample]
+    query, key, value = (s.double() for s in states)
+    scores = torch.einsum("qhd,khd->hqk", query[sample], key) / head_dim**0.5
+    scores -= alibi_slopes(heads)[:, None, None] * (sample[:, None] - torch.arange(total)).abs()
+    scores[:, 0, 1:] = scores[:, 1:, 0] = -torch.inf
+    expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
+    torch.testing.assert_close(context.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [name for name, (sizes, tail) in LENGTHS.items() if sum(sizes) + tail])
+def test_tiles_of_sequences(lengths):
+    """Every pair of rows of one sequence lies in a tile that is computed, and tiles called full hold no other pair."""
+    sizes, tail = LENGTHS[lengths]
+    total = sum(sizes) + tail
+    mask = sequence_block_mask(torch.tensor([0, *sizes]).cumsum(0).to(torch.int32), total)
+    same = torch.block_diag(*(torch.ones(size, size) for size in sizes), torch.zeros(tail, tail)).bool()
+    row = torch.arange(total)
+    assert torch.equal(mask.mask_mod(0, 0, row[:, None], row), same)
+    tiles = -(-total // 128)
+    padded = torch.zeros(tiles * 128, tiles * 128, dtype=torch.bool)
+    padded[:total, :total] = same
+    padded = padded.unflatten(0, (tiles, 128)).unflatten(2, (tiles, 128))
+    is_full = padded.all(3).all(1)
+    for expected, count, columns in (
+        (padded.any(3).any(1) & ~is_full, mask.kv_num_blocks, mask.kv_indices),
+        (is_full, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        found = [set(columns[0, 0, i, : count[0, 0, i]].tolist()) for i in range(tiles)]
+        assert found == [set(expected[i].nonzero().flatten().tolist()) for i in range(tiles)]
+
+
+@pytest.mark.parametrize("bounds", [[1, 5], [0, 4, 2, 5], [0, 5, 5], [0, 4, 6]])
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_bounds_that_do_not_fit_the_tokens(name, bounds):
+    with pytest.raises(ValueError, match="cu_seqlens: expected to ascend from 0 to at most 5 by at most 4"):
+        packed_attention(name, torch.tensor(bounds, dtype=torch.int32), 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "longest", "total", "expected"),
+    [
+        ([0, 3, 5], 3, 5, [0, 3, 5, 5, 5]),  # nothing behind
+        ([0, 3, 5], 3, 12, [0, 3, 5, 8, 11, 12, 12]),
+        ([0, 0], 1, 2, [0, 0, 1, 2]),
+    ],
+)
+def test_flash_kernels_are_given_every_row(bounds, longest, total, expected):
+    """Where the count of added sequences is fixed by shapes, so that nothing is read on the host."""
+    assert cover_all_rows(torch.tensor(bounds, dtype=torch.int32), longest, total).tolist() == expected
+
+
+def _record_calls(monkeypatch, module, result):
+    """Stand-in for a package that cannot be installed here; it proves what is passed, not what a kernel does with it."""
+    calls = []
+    parts = module.split(".")
+    for depth in range(1, len(parts) + 1):
+        name = ".".join(parts[:depth])
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules[module].flash_attn_varlen_func = lambda *args, **kwargs: calls.append((args, kwargs)) or result
+    return calls
+
+
+def test_what_flash_attention_2_is_given(monkeypatch):
+    calls = _record_calls(monkeypatch, "flash_attn.flash_attn_interface", "context")
+    cu_seqlens, longest, total, (*states, _) = _inputs([3, 0, 2], 1)
+    slopes = alibi_slopes(3)
+    assert packed_attention("flash_attention_2", cu_seqlens, longest, total, slopes)(*states) == ("context", None)
+    (((query, key, value, bounds, same_bounds, *longests), options),) = calls
+    assert all(given is state for given, state in zip((query, key, value), states))
+    assert bounds.tolist() == same_bounds.tolist() == [0, 3, 3, 5, 6, 6] and bounds.dtype == torch.int32
+    assert longests == [3, 3] and options["alibi_slopes"] is slopes
+
+
+def test_what_flash_attention_4_is_given(monkeypatch):
+    calls = _record_calls(monkeypatch, "flash_attn.cute.interface", ("context", "lse"))
+    alibi = types.ModuleType("dnazen.layers.attention.flash_4_alibi")  # needs CuTe
+    alibi.alibi, alibi.alibi_backward = object(), object()
+    monkeypatch.setitem(sys.modules, alibi.__name__, alibi)
+    cu_seqlens, longest, total, (*states, _) = _inputs([3, 0, 2], 1)
+    slopes = alibi_slopes(3)
+    for given in (slopes, None):
+        assert packed_attention("flash_attention_4", cu_seqlens, longest, total, given)(*states) == ("context", None)
+    (args, options), (_, without) = calls
+    assert all(given is state for given, state in zip(args, states))
+    assert options.pop("cu_seqlens_q").tolist() == options.pop("cu_seqlens_k").tolist() == [0, 3, 3, 5, 6, 6]
+    assert options.pop("max_seqlen_q") == options.pop("max_seqlen_k") == 3
+    assert options == {"score_mod": alibi.alibi, "score_mod_bwd": alibi.alibi_backward, "aux_tensors": [slopes]}
+    assert without.keys() == {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
+
+
+# -- the choice ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_selection():
+    """Selections are remembered; a test that changes what they see must neither find nor leave any."""
+    select_attention.cache_clear()
+    yield
+    select_attention.cache_clear()
+
+
+def test_on_a_cpu_sdpa_is_chosen_and_each_better_one_has_its_reason():
+    for requested, training in itertools.product([None, "auto"], [True, False]):
+        name, reasons = select_attention(requested, CPU, torch.float32, 12, 64, training)
+        assert name == "sdpa"
+        assert reasons == {
+            "flash_attention_4": "it needs a CUDA device, and this is cpu",
+            "flash_attention_2": "it needs a CUDA device, and this is cpu",
+            "flex_attention": "it has no backward on a CPU, and this is cpu",
+        }
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 64), (12, 128), (3, 8)])
+def test_those_that_run_on_a_cpu_pass_the_check(heads, head_dim, dtype):
+    for name, training in (("eager", True), ("sdpa", True), ("flex_attention", False)):
+        assert select_attention(name, CPU, dtype, heads, head_dim, training) == (name, {})
+
+
+@pytest.mark.parametrize(
+    ("requested", "message"),
+    [
+        ("flash_attention_4", "flash_attention_4 cannot run here: it needs a CUDA device, and this is cpu"),
+        ("flash_attention_2", "flash_attention_2 cannot run here: it needs a CUDA device, and this is cpu"),
+        ("flex_attention", "flex_attention cannot run here: it has no backward on a CPU, and this is cpu"),
+        ("fast", "expected one of auto, flash_attention_4, .*, eager, found 'fast'"),
+    ],
+)
+def test_what_was_asked_by_name_and_cannot_run(requested, message):
+    with pytest.raises(InputError, match=f"attn_implementation: {message}"):
+        select_attention(requested, CPU, torch.float32, 12, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "dtype", "head_dim", "reason"),
+    [
+        ("flash_attention_4", (8, 0), torch.bfloat16, 64, "needs Hopper or Blackwell .*, and this is .* 8.0"),
+        ("flash_attention_4", (12, 0), torch.bfloat16, 64, "needs Hopper or Blackwell .*, and this is .* 12.0"),
+        ("flash_attention_4", (9, 0), torch.float32, 64, "needs bf16 or fp16, and this is torch.float32"),
+        ("flash_attention_4", (9, 0), torch.bfloat16, 192, "a multiple of 8 up to 128, and this is 192"),
+        ("flash_attention_2", (7, 5), torch.float16, 64, "needs Ampere or newer .*, and this is .* 7.5"),
+        ("flash_attention_2", (8, 6), torch.float16, 20, "a multiple of 8 up to 256, and this is 20"),
+        ("flash_attention_4", (10, 0), torch.bfloat16, 128, "package flash-attn-4 cannot be imported: "),
+        ("flash_attention_2", (9, 0), torch.bfloat16, 64, "package flash-attn cannot be imported: "),
+    ],
+)
+def test_what_the_flash_packages_exclude(name, capability, dtype, head_dim, reason, monkeypatch):
+    for module in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn.cute.interface"):
+        monkeypatch.setitem(sys.modules, module, None)  # not installed, also where it is
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(select._flash_obstacle(name, capability, dtype, head_dim))
+
+
+def _wrong_scale(*args):
+    attention = BACKENDS["eager"](*args)
+    return lambda query, key, value: attention(query * 1.1, key, value)
+
+
+def _no_slopes(cu_seqlens, max_seqlen, total, slopes):
+    return BACKENDS["eager"](cu_seqlens, max_seqlen, total, None)
+
+
+def _looks_at_neighbours(cu_seqlens, max_seqlen, total, slopes):
+    return BACKENDS["eager"](cu_seqlens[[0, -1]], int(cu_seqlens[-1]), total, slopes)
+
+
+def _wrong_gradient(*args):
+    attention = BACKENDS["eager"](*args)
+    return lambda query, key, value: attention(query.detach(), key, value + 0 * query)
+
+
+def _garbage_behind(*args):
+    attention = BACKENDS["eager"](*args)
+
+    def attend(query, key, value):
+        context, weights = attention(query, key, value)
+        return torch.cat([context[:-1], context[-1:] * 0 + torch.nan]), weights
+
+    return attend
+
+
+def _does_not_launch(*args):
+    raise RuntimeError("out of shared memory\nat line 3")
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (_wrong_scale, "differs from eager"),
+        (_no_slopes, "differs from eager"),
+        (_looks_at_neighbours, "differs from eager"),
+        (_wrong_gradient, "differs from eager"),
+        (_garbage_behind, "not finite"),
+        (_does_not_launch, "its check failed: RuntimeError: out of shared memory$"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_does_not_agree_with_eager_is_not_taken(broken, reason, dtype, monkeypatch, fresh_selection):
+    monkeypatch.setitem(BACKENDS, "sdpa", broken)
+    name, reasons = select_attention(None, CPU, dtype, 12, 64)
+    assert name == "eager"
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(reasons["sdpa"])
+    with pytest.raises(InputError, match=f"sdpa cannot run here: .*{reason}"):
+        select_attention("sdpa", CPU, dtype, 12, 64)
+
+
+def test_the_check_leaves_random_numbers_alone(fresh_selection):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    select_attention("sdpa", CPU, torch.float32, 12, 64)
+    assert torch.equal(torch.rand(1), expected)
+
+
+# -- through the model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("requested", [None, "auto", "eager", "sdpa", "flex_attention", "flash_attention_4"])
+def test_attn_implementation_of_hugging_face_reaches_the_choice(requested, config, tmp_path):
+    DNAZenModel(config).save_pretrained(tmp_path)
+    model = DNAZenModel.from_pretrained(tmp_path, attn_implementation=requested)
+    expected = None if requested == "auto" else requested
+    assert model.config._attn_implementation == expected
+    if requested in (None, "auto", "eager", "sdpa"):
+        assert model.select_attention(CPU, torch.float32).name == (expected or "sdpa")
+    else:
+        with pytest.raises(InputError, match=f"{requested} cannot run here"):
+            model.select_attention(CPU, torch.float32)
+
+
+def test_what_cannot_run_is_an_error_of_the_forward(config, make_batch):
+    model = DNAZenModel(config)
+    model.set_attn_implementation("flash_attention_2")
+    with pytest.raises(InputError, match="flash_attention_2 cannot run here: it needs a CUDA device"):
+        model(**make_batch([5], [1], mask_rate=None))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_model_on_flex_equals_eager(config, make_batch):
+    model, batch = DNAZenModel(config).eval(), make_batch([3, 140, 17], [0, 4, 1], mask_rate=None)
+    results = []
+    for name in ("eager", "flex_attention"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            results.append(model(**batch).last_hidden_state)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=2e-5)
+
+
+# -- on a GPU -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 64), (12, 128)])
+@pytest.mark.parametrize("name", ["flash_attention_4", "flash_attention_2", "flex_attention"])
+def test_kernels_agree_with_eager_on_a_gpu(name, heads, head_dim):
+    """Forward and gradients, up to 4,096 tokens; each may err twice as much as eager in bf16 does."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        select_attention(name, device, torch.bfloat16, heads, head_dim)
+    except InputError as error:
+        if "cannot be imported" in str(error) or "compute capability" in str(error):
+            pytest.skip(str(error))
+        raise
+    for sizes, tail in [*LENGTHS.values(), ([4096, 1, 513], 30)]:
+        cu_seqlens, longest, total, drawn = _inputs(sizes, tail, heads, head_dim, torch.bfloat16, device)
+        for slopes in (alibi_slopes(heads, device), None):
+            results = []
+            for backend, dtype in (("eager", torch.float64), ("eager", torch.bfloat16), (name, torch.bfloat16)):
+                *states, grad = (s.to(dtype).requires_grad_() for s in drawn)
+                context, _ = packed_attention(backend, cu_seqlens, longest, total, slopes)(*states)
+                assert context.isfinite().all()
+                context[: sum(sizes)].backward(grad[: sum(sizes)])
+                results.append(torch.stack([context.detach(), *(s.grad for s in states)]).double()[:, : sum(sizes)])
+            if sum(sizes):
+                error, bound = ((found - results[0]).abs().max() for found in (results[2], results[1]))
+                assert error <= 2 * bound + 1e-5

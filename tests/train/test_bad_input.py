@@ -37,7 +37,6 @@ def test_corpus_without_ngrams(prepared):
         ("save_strategy", "epoch", "no or steps"),
         ("seed", -1, "at least 0"),
         ("save_only_model", True, "cannot be resumed"),
-        ("gradient_checkpointing", True, "not supported"),
     ],
 )
 def test_trainer_flag_that_would_be_ignored(prepared, name, value, reason):

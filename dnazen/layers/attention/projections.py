@@ -1,0 +1,38 @@
+"""The projections around attention, one kind for each encoder."""
+
+from torch import Tensor, nn
+
+from dnazen.layers.attention.dense import Attention
+
+
+class FusedSelfAttention(nn.Module):
+    """E4BU's attention: one projection whose rows are q, k, v, each split into heads."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.Wqkv = nn.Linear(hidden_size, 3 * hidden_size)
+
+    def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        query, key, value = self.Wqkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        context, weights = attention(query, key, value)
+        return context.flatten(-2), weights
+
+
+class SelfAttention(nn.Module):
+    """The G-gram encoder's attention: three projections, as in BERT."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (self.num_heads, -1))
+            for projection in (self.query, self.key, self.value)
+        )
+        context, weights = attention(query, key, value)
+        return context.flatten(-2), weights

@@ -1,0 +1,45 @@
+"""Hugging Face's flags that trade time for memory change neither loss nor gradient."""
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.train.launch import run, steps
+
+# fp32: compiled sums in another order, over the few steps of a test
+TOLERANCE = {"rtol": 2e-5, "atol": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def plain(prepared, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("plain")
+    run(**prepared.arguments(), output_dir=output_dir)
+    return steps(output_dir / "checkpoint-4", "loss", "grad_norm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "zero": 2},
+        {"torch_compile_backend": "aot_eager"},
+        {"torch_compile_backend": "aot_eager", "zero": 2},
+        {"torch_compile_backend": "aot_eager", "gradient_checkpointing": True, "zero": 1},
+    ],
+    ids=lambda flags: "-".join(f"{name}={value}" for name, value in flags.items()),
+)
+def test_losses_are_those_without_the_flag(prepared, plain, tmp_path, flags, monkeypatch):
+    monkeypatch.setenv("TORCH_LOGS", "+dynamo")
+    output = run(**prepared.arguments(), **flags, output_dir=tmp_path).stdout
+    assert "attention sdpa" in output and "attention is not flash_attention_4: it needs a CUDA device" in output
+    compiled = set(re.findall(r"start compiling \S+ \S*/(\w+\.py)", output))
+    assert compiled == ({"encoder.py"} if "torch_compile_backend" in flags else set())
+    np.testing.assert_allclose(steps(tmp_path / "checkpoint-4", "loss", "grad_norm"), plain, **TOLERANCE)
+
+
+@pytest.mark.slow
+def test_compilation_does_not_go_with_zero3(prepared, tmp_path):
+    output = run(expect=None, **prepared.arguments(), torch_compile=True, zero=3, output_dir=tmp_path).stdout
+    assert "dnazen: error: --torch_compile does not go with ZeRO-3" in output
