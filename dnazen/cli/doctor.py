@@ -15,6 +15,8 @@ from dnazen_kernels.ngram_masking import ngram_masking
 from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
 from torch import Tensor
 
+from dnazen.layers.attention import select_attention
+
 PACKAGES = (
     "dnazen", "torch", "triton", "deepspeed", "transformers", "tokenizers", "accelerate", "numpy", "flash-attn",
     "flash-attn-4",
@@ -37,6 +39,12 @@ def examine() -> Iterator[tuple[str, str, bool]]:
         name = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, sm_{device.major}{device.minor}"
         yield f"GPU {index}", f"{name}, CUDA {torch.version.cuda}", True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # base's heads; choosing checks each back-end against eager attention on small input
+    attention = select_attention(None, device, dtype, num_heads=12, head_dim=64)
+    for name, reason in attention.reasons.items():
+        yield "attention", f"not {name}: {reason}", True
+    yield "attention", f"{attention.name}, which agrees with eager attention", True
     for name, check in (("matching", _matching), ("masking", _masking), ("fusion", _fusion)):
         yield name, *_compare(check, device)
 

@@ -104,7 +104,7 @@ class BenchTrainer(PretrainingTrainer):
         self.measured_steps += 1
         for batch in batches:
             lengths, ngram_lengths = (batch[name].diff().numpy() for name in ("cu_seqlens", "ngram_cu_seqlens"))
-            num_masked = int((batch["labels"] != -100).sum())
+            num_masked = len(batch["masked_positions"])
             self.flops += training_flops(self.model.config, lengths, ngram_lengths, num_masked)
             self.tokens += int(lengths.sum())
             self.sequences += len(lengths)
@@ -161,12 +161,14 @@ def measure(
         trainer.train()
     is_cuda = args.device.type == "cuda"
     device = torch.cuda.get_device_name() if is_cuda else "CPU"
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    attention = trainer.model.select_attention(args.device, dtype)
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)
     rows = trainer.sequences * longest if impl == "reference" else trainer.tokens
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "impl": impl,
-        "attention": "padded" if impl == "reference" else trainer.model.config._attn_implementation,
+        "attention": "padded" if impl == "reference" else attention.name,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "steps": trainer.measured_steps,
         "seconds": trainer.elapsed,

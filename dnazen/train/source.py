@@ -72,15 +72,13 @@ class Source(NamedTuple):
             What became of the G-grams, in a line.
 
         Raises:
-            InputError: see `StrictLoading.from_pretrained`; or the weights have no G-grams though the source does.
+            InputError: see `StrictLoading.from_pretrained`.
         """
         if deepspeed_config is not None:  # the source stays whole under ZeRO-3: `model` is partitioned by the engine
             unset_hf_deepspeed_config()
         try:
             options = {} if self.vocabulary else {"ngram_vocab_size": vocabulary.vocab_size}
-            source, info = DNAZenForMaskedLM.from_pretrained(
-                self.folder, dtype=torch.float32, output_loading_info=True, **options
-            )
+            source = DNAZenForMaskedLM.from_pretrained(self.folder, dtype=torch.float32, **options)
         finally:
             if deepspeed_config is not None:
                 set_hf_deepspeed_config(deepspeed_config)
@@ -89,8 +87,6 @@ class Source(NamedTuple):
         if self.vocabulary is None:
             model.load_state_dict(weights)
             return f"started from {self.name}, which has no G-grams: {count:,} start at random, and their encoder"
-        if _EMBEDDINGS in info["missing_keys"]:
-            raise InputError(f"{self.folder}: expected weights of the G-grams in {NGRAM_FILE}, found none")
         ids = dict(zip(self.vocabulary.ngrams, self.vocabulary.ids))
         shared = [(ngram_id, ids[ngram]) for ngram, ngram_id in zip(vocabulary.ngrams, vocabulary.ids) if ngram in ids]
         targets, origins = map(list, zip((PAD_NGRAM_ID, PAD_NGRAM_ID), *shared))

@@ -9,9 +9,11 @@ from dnazen.cli.main import main
 
 def test_operators_are_compared_with_the_reference(capsys):
     assert main(["doctor"]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    output = capsys.readouterr().out
+    lines = dict(line.split(maxsplit=1) for line in output.splitlines())
     assert lines["torch"].strip() == torch.__version__
     assert lines["flash-attn-4"] and "Python" in lines["system"]
+    assert "not flash_attention_4: " in output and lines["attention"].endswith("which agrees with eager attention")
     for name in ("matching", "masking", "fusion"):
         assert lines[name] == "kernels, which agree with the reference"
 

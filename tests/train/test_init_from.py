@@ -194,11 +194,6 @@ def test_ngrams_without_their_weights(dnazen, corpus, vocabulary):
     save_file(kept, dnazen / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="found missing: bert.encoder.ngram_layers.0"):
         started_model(dnazen, corpus, vocabulary)
-    config = json.loads((dnazen / "config.json").read_text())
-    del config["ngram_vocab_size"]  # as DNABERT-2's, but beside a list of G-grams
-    (dnazen / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="expected weights of the G-grams in ngram.json, found none"):
-        started_model(dnazen, corpus, vocabulary)
 
 
 def test_a_checksum_for_all_that_is_read(dnazen, corpus):
