@@ -67,6 +67,14 @@ class DataArguments:
     whole_ngram_masking: bool = field(default=True, metadata={"help": "mask whole G-grams, not tokens alone"})
     use_ngrams: bool = field(default=True, metadata={"help": "let the model see the G-grams"})
     max_ngrams: int | None = field(default=None, metadata={"help": "most G-grams of a sequence; default: no limit"})
+    impl: str = field(
+        default="auto",
+        metadata={
+            "choices": ["auto", "triton", "reference"],
+            "help": "operators: kernels on a GPU and PyTorch elsewhere; kernels; or the padded, dense path as published",
+        },
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "attention by name; default: the best"})
 
     def __post_init__(self):
         if (self.corpus is None) != (self.ngrams is None):

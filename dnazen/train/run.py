@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
+from dnazen_kernels._runtime import resolve_impl
 from transformers import HfArgumentParser, TrainerState, set_seed
 
 from dnazen.data.collator import Masking, PackedCollator, PackedDataset, calibrate_mlm_probability
@@ -30,7 +31,7 @@ from dnazen.train.trainer import PretrainingTrainer
 # the held-out part is masked the same way in every run: plain 15 % of tokens
 HELD_OUT_MASKING = Masking(mlm_probability=0.15, whole_ngram=False, seed=0)
 # what a checkpoint's configuration may differ in from the run that resumes it
-RUNTIME_KEYS = ("impl", "transformers_version", "dtype", "architectures", "_name_or_path")
+RUNTIME_KEYS = ("impl", "attn_implementation", "transformers_version", "dtype", "architectures", "_name_or_path")
 # a resumed optimizer keeps the values it was saved with, so others are refused rather than ignored
 OPTIMIZER_KEYS = (
     "optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2",
@@ -100,6 +101,10 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
     train_dataset, eval_dataset, masking = build_datasets(data_args, args.seed, corpus, vocabulary)
     source = Source.open(data_args.init_from, corpus) if data_args.init_from else None
     config = build_config(data_args, corpus, vocabulary, source)
+    try:
+        resolve_impl(config.impl, args.device)
+    except RuntimeError as error:
+        raise InputError(str(error)) from error
 
     output_dir = Path(args.output_dir)
     _lock = lock_run(output_dir) if main_process else None  # held until this function returns
@@ -196,8 +201,13 @@ def build_config(
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep", "mask", "unk")},
     }
     if source is None:
-        return DNAZenConfig.from_size(data_args.model, vocab_size=len(tokenizer), **from_data)
-    return DNAZenConfig.from_pretrained(source.folder, **from_data)
+        config = DNAZenConfig.from_size(data_args.model, vocab_size=len(tokenizer), **from_data)
+    else:
+        config = DNAZenConfig.from_pretrained(source.folder, **from_data)
+    config.impl = data_args.impl
+    if data_args.attn_implementation is not None:
+        config._attn_implementation = data_args.attn_implementation
+    return config
 
 
 def run_record(data_args: DataArguments, trainer: PretrainingTrainer) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 
 from dnazen.models import DNAZenForMaskedLM
 from dnazen.train.checkpoint import list_checkpoints
@@ -42,6 +43,20 @@ def test_corpus_without_ngrams(prepared):
 def test_trainer_flag_that_would_be_ignored(prepared, name, value, reason):
     line = refused(**prepared.arguments(), **{name: value})
     assert f"--{name} " in line and reason in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA, where they cannot run")
+@pytest.mark.parametrize(
+    "name, value, reason",
+    [
+        ("impl", "triton", "needs CUDA tensors"),
+        ("attn_implementation", "flash_attention_2", "flash_attention_2 cannot run here: it needs a CUDA device"),
+        ("attn_implementation", "fast", "expected one of auto, flash_attention_4"),
+    ],
+)
+def test_what_was_asked_for_by_name_and_cannot_run(prepared, tmp_path, monkeypatch, name, value, reason):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert reason in refused(**prepared.arguments(), output_dir=tmp_path, **{name: value})
 
 
 def test_budget_below_the_longest_sequence(prepared, tmp_path):
