@@ -5,10 +5,10 @@ on the layout (attention, and the fusion with the LayerNorm before it) is handed
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dnazen.layers.attention import Attention, FusedSelfAttention, SelfAttention
 from dnazen.layers.fusion import AddNorm, ResidualLayerNorm
@@ -73,7 +73,7 @@ class GatedMLP(nn.Module):
         return self.layernorm(output, hidden_states, add_norm, ngram_hidden_states)
 
 
-class TokenLayer(GradientCheckpointingLayer):
+class TokenLayer(nn.Module):
     """A layer of E4BU, after which the states of the covering G-grams (if given) are added to each token's."""
 
     def __init__(self, config) -> None:
@@ -88,7 +88,7 @@ class TokenLayer(GradientCheckpointingLayer):
         return self.mlp(hidden_states, add_norm, ngram_hidden_states), weights
 
 
-class NgramLayer(GradientCheckpointingLayer):
+class NgramLayer(nn.Module):
     """A layer of the G-gram encoder: a standard post-LN BERT layer."""
 
     def __init__(self, config) -> None:
@@ -104,7 +104,13 @@ class NgramLayer(GradientCheckpointingLayer):
 
 
 class FusedEncoder(nn.Module):
-    """Both stacks. After E4BU's layer l the states of the G-gram encoder's layer l are added (paper, eq. 4)."""
+    """Both stacks. After E4BU's layer l the states of the G-gram encoder's layer l are added (paper, eq. 4).
+
+    Hugging Face's models set the two attributes of gradient checkpointing: whether, and by which function.
+    """
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -126,13 +132,17 @@ class FusedEncoder(nn.Module):
             E4BU's states after the embeddings and every layer (the last alone unless `keep_all`), and the attention
             weights of every layer (None where the implementation has none).
         """
+        def run(layer: nn.Module, *args):
+            is_checkpointing = self.gradient_checkpointing and self.training
+            return self._gradient_checkpointing_func(layer, *args) if is_checkpointing else layer(*args)
+
         all_hidden_states, all_weights = [hidden_states] if keep_all else [], []
         for index, layer in enumerate(self.layer):
             # The G-gram layers run even on a batch with no G-gram: under ZeRO-3 all ranks must call the same modules.
             if is_fused := index < len(self.ngram_layers):
-                ngram_hidden_states = self.ngram_layers[index](ngram_hidden_states, ngram_attention, add_norm)
-            hidden_states, weights = layer(
-                hidden_states, attention, add_norm, ngram_hidden_states if is_fused else None
+                ngram_hidden_states = run(self.ngram_layers[index], ngram_hidden_states, ngram_attention, add_norm)
+            hidden_states, weights = run(
+                layer, hidden_states, attention, add_norm, ngram_hidden_states if is_fused else None
             )
             if keep_all or index == len(self.layer) - 1:
                 all_hidden_states.append(hidden_states)

@@ -108,7 +108,9 @@ class DNAZenPreTrainedModel(StrictLoading, PreTrainedModel):
     _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str | None:
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str | None:
         """Hugging Face's hook for `attn_implementation`: here the names are ours, and None lets `select_attention` choose.
 
         Hugging Face's own would take "sdpa" for None, and ask the hub for a package that is not installed. What runs
@@ -135,12 +137,19 @@ class DNAZenPreTrainedModel(StrictLoading, PreTrainedModel):
                 module.compile(dynamic=True, fullgraph=True, **options)
 
     def select_attention(self, device: torch.device, dtype: torch.dtype, training: bool = True) -> Selection:
-        """The attention that both encoders run on such a device in such a type; see `select_attention` in the layers."""
+        """The attention that both encoders run on such a device in such a type; see `select_attention` in the layers.
+
+        Raises:
+            InputError: the one asked for cannot run.
+        """
         config = self.config
         head_dim = config.hidden_size // config.num_attention_heads
-        return select_attention(
-            config._attn_implementation, device, dtype, config.num_attention_heads, head_dim, training
-        )
+        try:
+            return select_attention(
+                config._attn_implementation, device, dtype, config.num_attention_heads, head_dim, training
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
 
 class DNAZenModel(DNAZenPreTrainedModel):

@@ -1,4 +1,4 @@
-"""The packages flash-attn (FlashAttention-2) and flash-attn-4: ALiBi inside their kernels, no padding, no dense bias."""
+"""The packages flash-attn (FlashAttention-2) and flash-attn-4: ALiBi in their kernels, no padding, no dense bias."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from dnazen.layers.attention.dense import Attention
 def cover_all_rows(cu_seqlens: Tensor, max_seqlen: int, total: int) -> Tensor:
     """`cu_seqlens` with sequences added for the rows behind its end, each of at most `max_seqlen`, most of them empty.
 
-    The kernels write neither output nor gradient of a row that is in no sequence: both would be whatever the memory held
-    before. How many sequences are added depends on `max_seqlen` and `total` alone, so that the host need not wait.
+    The kernels write neither output nor gradient of a row that is in no sequence: both would be whatever the memory
+    held before. How many sequences are added depends on `max_seqlen` and `total` alone, so that the host need not wait.
     """
     steps = torch.arange(1, -(-total // max_seqlen) + 1, device=cu_seqlens.device, dtype=torch.int32)
     return torch.cat([cu_seqlens, (cu_seqlens[-1:] + steps * max_seqlen).clamp(max=total)])

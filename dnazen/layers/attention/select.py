@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dnazen.files import InputError
 from dnazen.layers.attention.alibi import alibi_slopes
 from dnazen.layers.attention.dense import Attention, eager_attention, sdpa_attention
 from dnazen.layers.attention.flash import flash_attention_2, flash_attention_4
@@ -66,7 +65,7 @@ def select_attention(
         training: whether the one asked for needs a backward. What "auto" chooses does not depend on it.
 
     Raises:
-        InputError: the one asked for is unknown, cannot run here, or does not agree with `eager`; the message says why.
+        ValueError: the one asked for is unknown, cannot run here, or does not agree with `eager`; the message says why.
     """
     if requested in (None, "auto"):
         reasons: dict[str, str] = {}
@@ -78,9 +77,9 @@ def select_attention(
         raise RuntimeError(f"no attention runs on {device}: {reasons}")
     if requested not in BACKENDS:
         expected = ", ".join(["auto", *BACKENDS])
-        raise InputError(f"attn_implementation: expected one of {expected}, found {requested!r}")
+        raise ValueError(f"attn_implementation: expected one of {expected}, found {requested!r}")
     if reason := _obstacle(requested, device, dtype, num_heads, head_dim, training):
-        raise InputError(f"attn_implementation: {requested} cannot run here: {reason}")
+        raise ValueError(f"attn_implementation: {requested} cannot run here: {reason}")
     return Selection(requested, {})
 
 
