@@ -90,14 +90,16 @@ def _tokenizer(fasta: list[str], output_dir: str, vocab_size: int) -> None:
     print(f"bases       {sum(map(len, tokens)) / len(tokens):.2f} a token on average, {len(tokens[-1])} at most")
 
 
-def _corpus(fasta: list[str] | None, fasta_list: str | None, tokenizer: str, output_dir: str, **parameters: Any) -> None:
+def _corpus(
+    fasta: list[str] | None, fasta_list: str | None, tokenizer: str, output_dir: str, **parameters: Any
+) -> None:
     paths = fasta or _read_list(fasta_list)
     print(shards.summarize(shards.build_corpus(paths, load_tokenizer(tokenizer), output_dir, **parameters)))
 
 
 def _read_list(path: str) -> list[str]:
     """The paths in a text file, one a line; relative ones are relative to the working directory."""
-    paths = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    paths = [line.strip() for line in Path(path).read_text(errors="surrogateescape").splitlines() if line.strip()]
     if not paths:
         raise InputError(f"{path}: expected the path of a FASTA file on each line, found none")
     return paths

@@ -152,18 +152,11 @@ def read_fasta(path: str | PathLike) -> Iterator[FastaRecord]:
 def describe_sources(paths: Sequence[str | PathLike]) -> list[dict[str, Any]]:
     """Name, SHA-256 and size of each file: what is recorded with everything that is made from them.
 
-    Of standard input ("-") both are None: they are known when it has been read.
-
     Raises:
         InputError: a file is absent, or two have the same content.
     """
     sources: dict[str, dict[str, Any]] = {}
     for path in map(Path, paths):
-        if str(path) == STDIN:
-            if STDIN in sources:
-                raise InputError(f"{STDIN} (standard input): given twice")
-            sources[STDIN] = {"path": STDIN, "sha256": None, "bytes": None}
-            continue
         if not path.is_file():
             raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}; expected FASTA")
         checksum = sha256_file(path)

@@ -148,7 +148,8 @@ class _Finder:
                 if previous != (record, start):
                     parts.append("N")
                     length += 1
-                parts.append("".join(map(self._spelling.__getitem__, tokens[offsets[number] : offsets[number + 1]].tolist())))
+                ids = tokens[offsets[number] : offsets[number + 1]].tolist()
+                parts.append("".join(map(self._spelling.__getitem__, ids)))
                 length += bases
                 previous = (record, start + bases)
             if number < block.end:

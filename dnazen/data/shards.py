@@ -113,7 +113,7 @@ def build_corpus(
             "validation_records": sorted(validation_records) if validation_records else None,
         },
         "totals": {"records": 0, **dict.fromkeys(_COUNTS, 0), "pieces_split": 0},
-        "sources": [{**source, "records": []} for source in describe_sources(fasta_paths)],
+        "sources": [{**source, "records": []} for source in _describe_inputs(fasta_paths)],
         "shards": [],
         "validation": [],
         "leakage": [],
@@ -487,9 +487,18 @@ class _Builder:
             option = "validation_records" if parameters["validation_records"] else "validation_fraction"
             raise InputError(
                 f"{option} {parameters[option]} and min_length {parameters['min_length']} left {training} pieces to "
-                f"train on and {held_out} to validate on; expected 1 or more of each: change --{option.replace('_', '-')}"
-                " or --min-length of `dnazen corpus`, or add sequence"
+                f"train on and {held_out} to validate on; expected 1 or more of each: change "
+                f"--{option.replace('_', '-')} or --min-length of `dnazen corpus`, or add sequence"
             )
+
+
+def _describe_inputs(paths: Sequence[str | PathLike]) -> list[dict[str, Any]]:
+    """`describe_sources`, where checksum and size of standard input are None until it has been read."""
+    files = [path for path in paths if str(path) != STDIN]
+    if len(paths) - len(files) > 1:
+        raise InputError(f"{STDIN} (standard input): given twice")
+    sources = iter(describe_sources(files))
+    return [{"path": STDIN, "sha256": None, "bytes": None} if str(p) == STDIN else next(sources) for p in paths]
 
 
 def _is_of(leftover: Path, task: str) -> bool:

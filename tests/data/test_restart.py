@@ -128,23 +128,28 @@ def test_changed_input_is_not_gone_on_with(inputs, tmp_path):
     assert names == ["other"]
 
 
-def test_shards_closed_before_and_after_the_kill(inputs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("batches", [10, 60, 85])
+def test_shards_closed_before_and_after_the_stop(inputs, tmp_path, monkeypatch, batches):
     tokenizer = load_tokenizer(inputs / "tokenizer")
     files = [inputs / f"{i}.fa" for i in range(5)]
     options = dict(max_tokens=100, validation_fraction=0.2, shard_tokens=2500, num_workers=1)
     build_corpus(files, tokenizer, tmp_path / "whole", **options)
+    assert len(list(tmp_path.glob("whole/train-*.tokens.npy"))) > 10
 
-    def interrupt(self, number):
-        finish(self, number)
-        if number == 2:
+    def interrupt(self, *arguments):
+        nonlocal batches
+        take(self, *arguments)
+        batches -= 1
+        if not batches:
             raise KeyboardInterrupt
 
-    finish = shards._Builder._finish_file
-    monkeypatch.setattr(shards._Builder, "_finish_file", interrupt)
+    take = shards._Builder._take
+    monkeypatch.setattr(shards, "_CHUNK_PIECES", 4)
+    monkeypatch.setattr(shards._Builder, "_take", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build_corpus(files, tokenizer, tmp_path / "corpus", **options)
     monkeypatch.undo()
-    assert len(list(tmp_path.glob(".corpus.*.tmp/train-*.tokens.npy"))) > 3
+    assert len(list(tmp_path.glob(".corpus.*.tmp"))) == 1
     build_corpus(files, tokenizer, tmp_path / "corpus", **options)
     assert read_tree(tmp_path / "corpus") == read_tree(tmp_path / "whole")
 
