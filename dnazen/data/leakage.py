@@ -94,7 +94,7 @@ def find_leaks(
         hits = {split: int(is_found[first:end].reshape(-1, 2).any(1).sum()) for split, is_found in found.items()}
         report.append(
             {
-                "path": target.path.name,
+                "path": "/".join(target.path.parts[-2:]),  # in GUE the file name alone says little
                 "sha256": target.sha256,
                 "sequences": len(target.sequences),
                 "skipped_short": target.num_short,
