@@ -76,8 +76,8 @@ def find_leaks(
 ) -> list[dict[str, Any]]:
     """Count the sequences of each file that occur in the training and in the validation split, on either strand.
 
-    A sequence occurs where it lies, whole, in pieces that are neighbours in their record and in a shard. `spelling`
-    has the bases of each token id.
+    A sequence occurs where it lies, whole, in pieces that are neighbours in their record and in a shard; one that
+    straddles the border of two splits, or of two shards, is not counted. `spelling` has the bases of each token id.
     """
     patterns = [strand for target in targets for s in target.sequences for strand in (s, reverse_complement(s))]
     finder = _Finder(patterns, shards, spelling)
