@@ -25,7 +25,7 @@ setup(
         "accelerate>=1.10",
         "safetensors>=0.5",
         "huggingface-hub>=1.5",
-        "dnaio>=1.2",
+        "xopen>=2.0",
         "matplotlib>=3.8",
         "psutil>=5.9",
         "tqdm>=4.66",

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,14 @@ def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_directory(
+    path: str | os.PathLike, is_resumable: Callable[[Path], bool] = lambda leftover: False
+) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; rename it to `path` when the block ends without an error.
 
-    What a killed process of this machine left of an earlier try is removed, with a warning.
+    Of what killed processes of this machine left of earlier tries, the first that `is_resumable` is yielded as it is,
+    and others are removed, each with a warning. A directory that is resumable outlives Ctrl-C too; any other error
+    removes it.
 
     Raises:
         InputError: `path` already exists and is not an empty directory; nothing in it is touched.
@@ -70,15 +74,25 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # the host's name, because other machines may share the disk and have processes of the same number
     host = socket.gethostname()
-    for leftover in path.parent.glob(".*.tmp"):
+    temporary = path.parent / f".{path.name}.{os.getpid()}@{host}.tmp"
+    leftovers = []
+    for leftover in sorted(path.parent.glob(".*.tmp")):
         match = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)@{re.escape(host)}\.tmp", leftover.name)
         if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+            leftovers.append(leftover)
+    resumed = next(filter(is_resumable, leftovers), None)
+    for leftover in leftovers:
+        if leftover != resumed:
             logger.warning("removing %s: the process that wrote it was killed", leftover)
             shutil.rmtree(leftover)
-    temporary = path.parent / f".{path.name}.{os.getpid()}@{host}.tmp"
-    temporary.mkdir()
+    if resumed:
+        logger.warning("going on with %s: the process that wrote it was killed", resumed)
+        os.replace(resumed, temporary)
+    temporary.mkdir(exist_ok=True)
     try:
         yield temporary
         os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        if not (isinstance(error, KeyboardInterrupt) and is_resumable(temporary)):
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -59,6 +59,8 @@ def folder(root, tmp_path):
     for name in ("dnazen", "ds_configs"):
         os.symlink(root / name, tmp_path / name)
     shutil.copy(PACKAGED_GENOME, tmp_path / "my_genome.fa.gz")
+    (tmp_path / "genomes.txt").write_text("my_genome.fa.gz\n")
+    (tmp_path / "test.csv").write_text(f"sequence,label\n{'ACGT' * 20},0\n")
     (tmp_path / "hostfile").write_text("localhost slots=2\n")
     (tmp_path / "small.json").write_text(SMALL_MODEL)
     return tmp_path

@@ -54,13 +54,23 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--vocab-size", type=int, default=MAX_VOCAB_SIZE, help="special tokens included (%(default)s)")
 
     command = add_command("corpus", _corpus, "clean and tokenize FASTA files into a corpus on disk")
-    command.add_argument("--fasta", nargs="+", required=True, metavar="FILE", help="FASTA, plain or compressed")
+    group = command.add_mutually_exclusive_group(required=True)
+    group.add_argument("--fasta", nargs="+", metavar="FILE", help="FASTA, plain or compressed; - for standard input")
+    group.add_argument("--fasta-list", metavar="FILE", help="text file with the path of a FASTA file on each line")
     command.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with tokenizer.json")
     command.add_argument("--max-tokens", type=int, default=510, help="tokens of a sequence at most (%(default)s)")
     command.add_argument("--min-length", type=int, default=64, help="drop pieces of fewer bases (%(default)s)")
     command.add_argument("--reverse-complement", action="store_true", help="add the other strand of every piece")
-    command.add_argument("--validation-fraction", type=float, default=0.01, help="pieces held out (%(default)s)")
-    command.add_argument("--num-workers", type=int, help="threads (every core)")
+    command.add_argument("--dedup", action="store_true", help="drop pieces seen before, on either strand")
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--validation-fraction", type=float, default=0.01, help="pieces held out (%(default)s)")
+    group.add_argument(
+        "--validation-records", type=lambda text: text.split(","), metavar="NAME,...", help="records held out, whole"
+    )
+    command.add_argument(
+        "--check-against", nargs="+", default=[], metavar="CSV", help="count its sequences that occur in the corpus"
+    )
+    command.add_argument("--num-workers", type=int, help="processes; same result (every core)")
 
     command = add_command("ngrams", _ngrams, "extract the G-gram vocabulary of a corpus")
     command.add_argument("--corpus", required=True, metavar="DIR", help="folder written by `dnazen corpus`")
@@ -95,8 +105,19 @@ def _tokenizer(fasta: list[str], output_dir: str, vocab_size: int) -> None:
     print(f"bases       {sum(map(len, tokens)) / len(tokens):.2f} a token on average, {len(tokens[-1])} at most")
 
 
-def _corpus(fasta: list[str], tokenizer: str, output_dir: str, **parameters: int | float | bool | None) -> None:
-    print(shards.summarize(shards.build_corpus(fasta, load_tokenizer(tokenizer), output_dir, **parameters)))
+def _corpus(
+    fasta: list[str] | None, fasta_list: str | None, tokenizer: str, output_dir: str, **parameters: Any
+) -> None:
+    paths = fasta or _read_list(fasta_list)
+    print(shards.summarize(shards.build_corpus(paths, load_tokenizer(tokenizer), output_dir, **parameters)))
+
+
+def _read_list(path: str) -> list[str]:
+    """The paths in a text file, one a line; relative ones are relative to the working directory."""
+    paths = [line.strip() for line in Path(path).read_text(errors="surrogateescape").splitlines() if line.strip()]
+    if not paths:
+        raise InputError(f"{path}: expected the path of a FASTA file on each line, found none")
+    return paths
 
 
 def _ngrams(corpus: str, output_dir: str, **parameters: int | float | str) -> None:

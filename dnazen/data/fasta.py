@@ -1,24 +1,31 @@
 """FASTA files: read, check, and find the runs of A, C, G and T in a sequence."""
 
-import contextlib
+import hashlib
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import dnaio
+from xopen import xopen
 
 from dnazen.files import InputError, sha256_file
 
+STDIN = "-"
 # Upper case, and RNA's U as T, in one pass over the bytes.
 _UPPER = bytes(range(256)).upper().replace(b"U", b"T")
+_CARRIAGE_RETURN = bytes(range(256)).replace(b"\r", b"\n")
 # IUPAC nucleotide codes, and the gap and mask characters that genome files hold; anything else is not DNA.
 _CODES = b"ACGTRYSWKMBDHVN-.X"
 _COMPLEMENT = str.maketrans("ACGTRYKMBVDHacgtrykmbvdh", "TGCAYRMKVBHDtgcayrmkvbhd")
 _CLEAN_RUN = re.compile("[ACGT]+")
+_BLANKS = b"\n \t"
+_LINE_END = re.compile(rb"[ \t]*\n[ \t]*")
 # The empty block that ends every BGZF file (SAM specification, section 4.1.2).
 _BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+_READ_BYTES = 1 << 20
 
 
 class FastaRecord(NamedTuple):
@@ -28,34 +35,118 @@ class FastaRecord(NamedTuple):
     sequence: str
 
 
-def read_fasta(path: str | PathLike) -> Iterator[FastaRecord]:
-    """Read the records of a FASTA file, plain or compressed (.gz, .bz2, .xz, .zst), one in memory at a time.
+class FastaBlock(NamedTuple):
+    """Some letters of a record, from letter `start` on; a record's first block, and no other, has start 0."""
+
+    name: str
+    start: int
+    sequence: bytes  # as in `FastaRecord`; not empty
+
+
+class FastaReader:
+    """The blocks of a FASTA file, plain or compressed (.gz, .bz2, .xz, .zst), or of standard input ("-").
+
+    At most a few MB are in memory, however long a record or a line is. Lines may end in LF, CRLF or CR, and in blanks.
+    Iterate once. `position` is the number of bytes of the file read so far, as they lie on disk; `text_bytes` and
+    `text_sha256()` are those of the text read so far, decompressed, for standard input only.
 
     Raises:
         InputError: the file is absent, unreadable, empty, cut short, FASTQ, or has no records; a record has no name,
             no sequence, a name seen before, or a letter that is no nucleotide code.
     """
-    path = Path(path)
-    names: set[str] = set()
-    for header, letters in _parse(path):
-        if not header.strip():
-            raise InputError(f"{path}: record {len(names) + 1} has no name; expected '>name' before its sequence")
-        name = header.split(maxsplit=1)[0]
-        if name in names:
-            raise InputError(f"{path}: record name {name!r} occurs twice; names must differ within a file")
-        names.add(name)
-        if not letters:
-            raise InputError(f"{path}: record {name!r} has no sequence")
-        sequence = letters.encode(errors="replace").translate(_UPPER)
+
+    def __init__(self, path: str | PathLike):
+        self.path = Path(path)
+        self.position = 0
+        self.text_bytes = 0
+        self._digest = hashlib.sha256()
+
+    def text_sha256(self) -> str:
+        """SHA-256 of the text read so far, in hex."""
+        return self._digest.hexdigest()
+
+    def __iter__(self) -> Iterator[FastaBlock]:
+        names: set[str] = set()
+        name, length = None, 0
+        for is_header, data in self._split():
+            if is_header:
+                if name is not None and not length:
+                    raise InputError(f"{self.path}: record {name!r} has no sequence")
+                words = data.decode(errors="replace").split(maxsplit=1)
+                if not words:
+                    number = len(names) + 1
+                    raise InputError(f"{self.path}: record {number} has no name; expected '>name' before its sequence")
+                name, length = words[0], 0
+                if name in names:
+                    raise InputError(f"{self.path}: record name {name!r} occurs twice; names must differ within a file")
+                names.add(name)
+            elif data:
+                if name is None:
+                    raise InputError(f"{self.path}: {_explain_start(data)}")
+                yield FastaBlock(name, length, self._check(name, length, data))
+                length += len(data)
+        if name is None:
+            raise InputError(f"{self.path}: no records; expected FASTA, lines of sequence under a '>name' line")
+        if not length:
+            raise InputError(f"{self.path}: record {name!r} has no sequence")
+
+    def _check(self, name: str, start: int, letters: bytes) -> bytes:
+        sequence = letters.translate(_UPPER)
         if foreign := sequence.translate(None, _CODES):
-            position = sequence.index(foreign[0]) + 1
+            index = sequence.index(foreign[0])
             raise InputError(
-                f"{path}: record {name!r} has {letters[position - 1]!r} at position {position}; expected nucleotides "
-                f"({_CODES.decode()} or U, in either case). Is it protein?"
+                f"{self.path}: cannot be read as FASTA: record {name!r} has {chr(letters[index])!r} at position "
+                f"{start + index + 1}; expected nucleotides ({_CODES.decode()} or U, in either case). Is it protein?"
             )
-        yield FastaRecord(name, sequence.decode())
-    if not names:
-        raise InputError(f"{path}: no records; expected FASTA, lines of sequence under a '>name' line")
+        return sequence
+
+    def _split(self) -> Iterator[tuple[bool, bytes]]:
+        """Yield (True, header without its '>') and (False, letters without white space at the ends of lines)."""
+        text, at, in_header = b"\n", 0, False  # as if a line had ended, so that a first '>' is like any other
+        for block in self._read():
+            text, at = text[at:] + block.translate(_CARRIAGE_RETURN), 0
+            while (end := text.find(b"\n" if in_header else b"\n>", at)) >= 0:
+                yield in_header, text[at:end] if in_header else _join_lines(text[at:end])
+                at = end if in_header else end + 2
+                in_header = not in_header
+            # Blanks at the end are kept back: what follows tells whether they end a line, or a '>' begins one.
+            if not in_header and (end := len(text.rstrip(_BLANKS))) > at:
+                yield False, _join_lines(text[at:end])
+                at = end
+        yield in_header, text[at:] if in_header else _join_lines(text[at:])
+
+    def _read(self) -> Iterator[bytes]:
+        """Yield the file's text; every failure of opening or decompressing is an InputError."""
+        is_stdin = str(self.path) == STDIN
+        if not is_stdin:
+            _check_file(self.path)
+        try:
+            with ExitStack() as stack:
+                file = sys.stdin.buffer if is_stdin else stack.enter_context(self.path.open("rb"))
+                stream = xopen(file, "rb", threads=0)
+                while block := stream.read(_READ_BYTES):
+                    if is_stdin:
+                        self._digest.update(block)
+                        self.text_bytes += len(block)
+                    else:
+                        self.position = file.tell()
+                    yield block
+        except InputError:
+            raise
+        except Exception as error:  # each decompressor has errors of its own
+            raise InputError(f"{self.path}: cannot be read as FASTA: {error}") from error
+
+
+def read_fasta(path: str | PathLike) -> Iterator[FastaRecord]:
+    """Read the records of a FASTA file one by one, each whole; see `FastaReader` for what is read and refused."""
+    name, blocks = None, []
+    for block in FastaReader(path):
+        if block.start == 0 and name is not None:
+            yield FastaRecord(name, b"".join(blocks).decode())
+            blocks = []
+        name = block.name
+        blocks.append(block.sequence)
+    yield FastaRecord(name, b"".join(blocks).decode())
 
 
 def describe_sources(paths: Sequence[str | PathLike]) -> list[dict[str, Any]]:
@@ -85,37 +176,37 @@ def reverse_complement(sequence: str) -> str:
     return sequence.translate(_COMPLEMENT)[::-1]
 
 
-def _parse(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (header, letters) of each record; every failure of opening, decompressing or parsing is an InputError."""
+def _join_lines(text: bytes) -> bytes:
+    text = text.rstrip(_BLANKS)
+    return _LINE_END.sub(b"", text) if b" " in text or b"\t" in text else text.translate(None, b"\n")
+
+
+def _explain_start(data: bytes) -> str:
+    if data.startswith(b"@"):
+        return (
+            "this is FASTQ; expected FASTA: assembled sequence, not reads, which overlap and have errors, so that one "
+            "place would be both trained on and held out"
+        )
+    return f"cannot be read as FASTA: Expected '>' at the start of a record, found {data[:20]!r}"
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}; expected FASTA")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty; expected FASTA")
     try:
-        _check_bgzf_end(path)
-        with dnaio.open(path, fileformat="fasta") as reader:
-            for record in reader:
-                yield record.name, record.sequence
-    except InputError:
-        raise
-    except Exception as error:  # each decompressor has errors of its own
-        if _is_fastq(path):
-            raise InputError(f"{path}: this is FASTQ; expected FASTA") from error
+        with path.open("rb") as file:
+            _check_bgzf_end(path, file)
+    except OSError as error:
         raise InputError(f"{path}: cannot be read as FASTA: {error}") from error
 
 
-def _check_bgzf_end(path: Path) -> None:
+def _check_bgzf_end(path: Path, file: Any) -> None:
     """Refuse a block-compressed .gz cut between two blocks, which decompresses without an error."""
-    with path.open("rb") as file:
-        head = file.read(18)
-        if head[:4] != b"\x1f\x8b\x08\x04" or head[12:16] != b"BC\x02\x00":
-            return
-        file.seek(max(0, path.stat().st_size - len(_BGZF_END)))
-        if file.read() != _BGZF_END:
-            raise InputError(f"{path}: the compressed file is cut short (no BGZF end-of-file block)")
-
-
-def _is_fastq(path: Path) -> bool:
-    with contextlib.suppress(Exception), dnaio.open(path, fileformat="fastq") as reader:
-        return next(iter(reader), None) is not None
-    return False
+    head = file.read(18)
+    if head[:4] != b"\x1f\x8b\x08\x04" or head[12:16] != b"BC\x02\x00":
+        return
+    file.seek(max(0, path.stat().st_size - len(_BGZF_END)))
+    if file.read() != _BGZF_END:
+        raise InputError(f"{path}: the compressed file is cut short (no BGZF end-of-file block)")

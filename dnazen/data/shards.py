@@ -5,9 +5,14 @@ A corpus is a folder with `manifest.json`, a copy of its tokenizer in `tokenizer
 than sequences) and `.pieces` (`PIECE_DTYPE`: where each sequence comes from). Records are numbered over all files.
 """
 
+import contextlib
+import hashlib
+import io
 import itertools
-import math
+import json
 import os
+import re
+import shutil
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -18,9 +23,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from dnazen import __version__
-from dnazen.data.fasta import FastaRecord, describe_sources, find_clean_runs, read_fasta
-from dnazen.data.fasta import reverse_complement as to_reverse_complement
-from dnazen.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_checksum
+from dnazen.data.fasta import STDIN, FastaReader, describe_sources
+from dnazen.data.leakage import ANCHOR_BASES, find_leaks, load_targets
+from dnazen.data.tokenizer import load_tokenizer, save_tokenizer, spell_tokens, tokenizer_checksum
+from dnazen.data.workers import map_in_order
 from dnazen.files import InputError, atomic_directory, read_json, sha256_file, write_json
 
 FORMAT = "dnazen-corpus"
@@ -32,21 +38,16 @@ _DTYPES = {"tokens": np.dtype("<u2"), "offsets": np.dtype("<i8"), "pieces": PIEC
 # DNABERT-2's protocol counts on n / 4 tokens in a sequence of n bases.
 _BASES_PER_TOKEN = 4
 _CHUNK_PIECES = 1024
-_COUNTS = ("length", "pieces", "bases", "dropped_short", "dropped_bases", "cut_runs", "cut_bases")
-
-
-class _Piece(NamedTuple):
-    record: int
-    start: int
-    bases: str
-    reverse: bool
-    split: str
-
-    def halve(self) -> tuple["_Piece", "_Piece"]:
-        """Cut in the middle; on the reverse strand the first half lies further along the record."""
-        first, second = self.bases[: len(self.bases) // 2], self.bases[len(self.bases) // 2 :]
-        starts = (self.start + len(second), self.start) if self.reverse else (self.start, self.start + len(first))
-        return self._replace(start=starts[0], bases=first), self._replace(start=starts[1], bases=second)
+_COUNTS = (
+    *("length", "pieces", "bases", "dropped_short", "dropped_bases", "cut_runs", "cut_bases"),
+    *("duplicates", "duplicate_bases"),
+)
+_RUNS = re.compile(rb"[ACGT]+|[^ACGT]+")
+_COMPLEMENT = bytes.maketrans(b"ACGT", b"TGCA")
+_DIGEST_BYTES = 16
+_STATE = ".state"
+# A process for less would take longer to start than it saves.
+_BYTES_PER_WORKER = 1 << 20
 
 
 def build_corpus(
@@ -57,21 +58,31 @@ def build_corpus(
     max_tokens: int = 510,
     min_length: int = 64,
     reverse_complement: bool = False,
+    dedup: bool = False,
     validation_fraction: float = 0.01,
+    validation_records: Sequence[str] | None = None,
+    check_against: Sequence[str | PathLike] = (),
     num_workers: int | None = None,
     shard_tokens: int = 2**27,
 ) -> dict[str, Any]:
-    """Clean and tokenize FASTA files into a corpus folder; return its manifest.
+    """Clean and tokenize FASTA files (or "-", standard input) into a corpus folder; return its manifest.
 
     Runs of A, C, G, T are cut into pieces of `4 * max_tokens` bases; those under `min_length` bases are dropped. A
-    piece of more than `max_tokens` tokens is halved until none is, each half tokenized by itself. Pieces are numbered
-    over all files, and number i is held out for validation iff `floor((i + 1) f + 0.5) > floor(i f + 0.5)`, its
-    halves and reverse complement with it. The bytes written do not depend on `num_workers` (threads; default: every
-    core), nor the memory used on the corpus, only on its longest record and one shard (2 bytes a token) per split.
+    piece of more than `max_tokens` tokens is halved until none is, each half tokenized by itself. A piece equal to an
+    earlier one, or to its reverse complement, is counted, and dropped with `dedup`. Pieces are numbered over all
+    files, and number i is held out for validation iff `floor((i + 1) f + 0.5) > floor(i f + 0.5)`, its halves and
+    reverse complement with it; with `validation_records`, those of the records so named are, and no others.
+    `check_against` are CSV files whose sequences are looked for in the corpus; see `dnazen.data.leakage`.
+
+    The bytes written do not depend on `num_workers` (processes; default: every core, as far as there is work for
+    it). Memory: some MB per worker, 16 bytes a piece (0.3 GB for 35 Gb; twice that for moments), and the manifest,
+    about 1 kB a record; neither records nor shards are held. A run that was killed is taken up behind the last file
+    it finished, if it is started again with the same arguments on the same machine; standard input starts anew.
 
     Raises:
         InputError: a parameter is out of range, `output_dir` has something in it, a file is given twice or is not
-            FASTA, the tokenizer does not spell a piece, or a split would be empty. Nothing is left behind.
+            FASTA, the tokenizer does not spell a piece, a split would be empty, no record has a name of
+            `validation_records`, or a file of `check_against` is no CSV with sequences. Nothing is left behind.
     """
     size = _BASES_PER_TOKEN * max_tokens
     for name, value, is_valid, expected in (
@@ -80,33 +91,48 @@ def build_corpus(
         ("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "more than 0 and less than 1"),
         ("num_workers", num_workers, num_workers is None or num_workers >= 1, "1 or more"),
         ("tokenizer", len(tokenizer), len(tokenizer) <= 2**16, f"at most {2**16} tokens, to fit uint16"),
+        ("fasta_paths", len(fasta_paths), len(fasta_paths) >= 1, "1 file or more"),
     ):
         if not is_valid:
             raise InputError(f"{name}: expected {expected}, found {value}")
-    if num_workers is not None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "true" if num_workers > 1 else "false"
-        os.environ["RAYON_NUM_THREADS"] = str(num_workers)
-    with atomic_directory(output_dir) as directory:
-        manifest = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "dnazen_version": __version__,
-            "tokenizer": {"checksum": tokenizer_checksum(tokenizer), "vocab_size": len(tokenizer)},
-            "parameters": {
-                "max_tokens": max_tokens,
-                "min_length": min_length,
-                "piece_length": size,
-                "reverse_complement": reverse_complement,
-                "validation_fraction": validation_fraction,
-            },
-            "totals": {"records": 0, **dict.fromkeys(_COUNTS, 0), "pieces_split": 0},
-            "sources": [{**source, "records": []} for source in describe_sources(fasta_paths)],
-            "shards": [],
-            "validation": [],
-        }
-        _write_shards(directory, manifest, fasta_paths, tokenizer, shard_tokens)
+    if num_workers == 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    targets = [load_targets(path) for path in check_against]
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "dnazen_version": __version__,
+        "tokenizer": {"checksum": tokenizer_checksum(tokenizer), "vocab_size": len(tokenizer)},
+        "parameters": {
+            "max_tokens": max_tokens,
+            "min_length": min_length,
+            "piece_length": size,
+            "reverse_complement": reverse_complement,
+            "dedup": dedup,
+            "validation_fraction": None if validation_records else validation_fraction,
+            "validation_records": sorted(validation_records) if validation_records else None,
+        },
+        "totals": {"records": 0, **dict.fromkeys(_COUNTS, 0), "pieces_split": 0},
+        "sources": [{**source, "records": []} for source in _describe_inputs(fasta_paths)],
+        "shards": [],
+        "validation": [],
+        "leakage": [],
+    }
+    task = json.dumps([manifest, shard_tokens])
+    sizes = [source["bytes"] for source in manifest["sources"]]
+    num_workers = num_workers or os.cpu_count() or 1
+    if None not in sizes:
+        num_workers = min(num_workers, 1 + sum(sizes) // _BYTES_PER_WORKER)
+    with atomic_directory(output_dir, lambda leftover: None not in sizes and _is_of(leftover, task)) as directory:
+        builder = _Builder(directory, manifest, shard_tokens, task)
+        with contextlib.closing(builder):
+            builder.run(fasta_paths, tokenizer, num_workers)
+        if targets:
+            shards = [(shard["split"], _open_shard(directory, shard, verify=False)) for shard in manifest["shards"]]
+            manifest["leakage"] = find_leaks(targets, shards, spell_tokens(tokenizer), num_workers)
         save_tokenizer(tokenizer, directory / "tokenizer")
         write_json(directory / "manifest.json", manifest)
+        builder.remove_state()
     return manifest
 
 
@@ -116,15 +142,23 @@ def summarize(manifest: dict[str, Any]) -> str:
     train, validation = totals["train"], totals["validation"]
     tokens, bases = train["tokens"] + validation["tokens"], train["bases"] + validation["bases"]
     strands = "both strands" if parameters["reverse_complement"] else "one strand"
+    duplicates = "dropped" if parameters["dedup"] else "kept (--dedup drops them)"
+    leaks = [
+        f"\nleakage     {target['path']}: of {target['sequences']:,} sequences {target['in_train']:,} occur in train, "
+        f"{target['in_validation']:,} in validation; {target['skipped_short']:,} under {ANCHOR_BASES} bases and "
+        f"{target['skipped_ambiguous']:,} with other letters than A, C, G, T were not looked for"
+        for target in manifest["leakage"]
+    ]
     return f"""\
 files       {len(manifest["sources"])}, with {totals["records"]:,} records, {totals["length"]:,} bases
 cut out     {totals["cut_bases"]:,} bases other than A, C, G, T, in {totals["cut_runs"]:,} runs
 dropped     {totals["dropped_bases"]:,} bases, in {totals["dropped_short"]:,} pieces under {parameters["min_length"]}
+duplicates  {totals["duplicate_bases"]:,} bases, in {totals["duplicates"]:,} pieces; {duplicates}
 kept        {totals["bases"]:,} bases, in {totals["pieces"]:,} pieces of at most {parameters["piece_length"]}; {strands}
 halved      {totals["pieces_split"]:,} times, a piece of more than {parameters["max_tokens"]} tokens
 tokens      {tokens:,}, {bases / tokens:.2f} bases a token
 train       {train["sequences"]:,} sequences, {train["tokens"]:,} tokens
-validation  {validation["sequences"]:,} sequences, {validation["tokens"]:,} tokens"""
+validation  {validation["sequences"]:,} sequences, {validation["tokens"]:,} tokens{"".join(leaks)}"""
 
 
 class TokenSplit:
@@ -189,131 +223,407 @@ class Corpus:
             raise InputError(f"{path / 'manifest.json'}: altered; {error!r}") from error
 
 
-def _write_shards(
-    directory: Path,
-    manifest: dict[str, Any],
-    fasta_paths: Sequence[str | PathLike],
-    tokenizer: PreTrainedTokenizerFast,
-    shard_tokens: int,
-) -> None:
-    """Write all sequences, and fill in what the manifest says of them."""
-    totals, max_tokens = manifest["totals"], manifest["parameters"]["max_tokens"]
-    spelling = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-    shards = {split: _Shard(split, 0) for split in SPLITS}
-    pieces = _cut_files(fasta_paths, manifest)
-    with tqdm(desc="tokenizing", unit=" bases", unit_scale=True) as progress:
-        while chunk := list(itertools.islice(pieces, _CHUNK_PIECES)):
-            totals["pieces_split"] -= len(chunk)
-            for piece, ids in _tokenize(chunk, tokenizer, spelling, max_tokens):
-                totals["pieces_split"] += 1
-                shard = shards[piece.split]
-                if shard.pieces and shard.offsets[-1] + len(ids) > shard_tokens:
-                    manifest["shards"].append(shard.write(directory))
-                    shard = shards[piece.split] = _Shard(piece.split, shard.number + 1)
-                shard.append(piece, ids)
-            progress.update(sum(len(piece.bases) for piece in chunk))
-    held_out = len(manifest["validation"])
-    training = totals["pieces"] - held_out
-    if not held_out or not training:
-        raise InputError(
-            "validation_fraction {validation_fraction} and min_length {min_length}".format(**manifest["parameters"])
-            + f" left {training} pieces to train on and {held_out} to validate on; expected 1 or more of each: change "
-            "--validation-fraction or --min-length of `dnazen corpus`, or add sequence"
+class _Batch(NamedTuple):
+    """Pieces of one file, in order, on their way to a worker."""
+
+    source: int
+    first_record: int  # number of the file's first record
+    position: int  # bytes of the file read so far
+    pieces: list[tuple[int, int, bytes]]  # record, start, bases
+    is_last: bool
+
+
+class _Tokenized(NamedTuple):
+    """What a worker makes of n pieces: m sequences, both strands of a piece and its halves one after the other."""
+
+    tokens: np.ndarray  # uint16, of all sequences
+    lengths: np.ndarray  # int64 [m], in tokens
+    rows: np.ndarray  # PIECE_DTYPE [m]
+    pieces: np.ndarray  # int64 [m], which piece each sequence is of
+    digests: np.ndarray  # S16 [n], the same for a piece and its reverse complement
+
+
+class _PieceTokenizer:
+    """What the workers do."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, parameters: dict[str, Any]):
+        self._encode = tokenizer.backend_tokenizer.encode_batch_fast
+        self._spelling = spell_tokens(tokenizer)
+        self._max_tokens = parameters["max_tokens"]
+        self._both_strands = parameters["reverse_complement"]
+
+    def __call__(self, batch: _Batch) -> _Tokenized:
+        strands, digests = [], []
+        for number, (record, start, bases) in enumerate(batch.pieces):
+            other = bases.translate(_COMPLEMENT)[::-1]
+            digests.append(hashlib.blake2b(min(bases, other), digest_size=_DIGEST_BYTES).digest())
+            strands.append((number, record, start, False, bases.decode()))
+            if self._both_strands:
+                strands.append((number, record, start, True, other.decode()))
+        all_ids, lengths, rows, pieces = [], [], [], []
+        for (number, record, start, reverse, bases), ids in self._tokenize(strands):
+            all_ids += ids
+            lengths.append(len(ids))
+            rows.append((record, start, len(bases), reverse))
+            pieces.append(number)
+        return _Tokenized(
+            np.array(all_ids, _DTYPES["tokens"]),
+            np.array(lengths, np.int64),
+            np.array(rows, PIECE_DTYPE),
+            np.array(pieces, np.int64),
+            np.array(digests, f"S{_DIGEST_BYTES}"),
         )
-    manifest["shards"] += [shard.write(directory) for shard in shards.values()]
-    manifest["shards"].sort(key=lambda shard: shard["name"])
-    for split in SPLITS:
-        described = [shard for shard in manifest["shards"] if shard["split"] == split]
-        totals[split] = {key: sum(shard[key] for shard in described) for key in ("sequences", "tokens", "bases")}
+
+    def _tokenize(self, strands: list[tuple]) -> Iterator[tuple[tuple, list[int]]]:
+        """Yield each strand of a piece, or the halves of one that is too long, with its token ids."""
+        encodings = self._encode([strand[-1] for strand in strands], add_special_tokens=False)
+        for strand, encoding in zip(strands, encodings):
+            number, record, start, reverse, bases = strand
+            ids = encoding.ids
+            tokens = list(map(self._spelling.__getitem__, ids))
+            if "".join(tokens) != bases:
+                raise InputError(
+                    f"the tokenizer does not spell every run of A, C, G, T: {bases[:20]}... (record {record}, base "
+                    f"{start}) became {' '.join(tokens[:5]) or 'nothing'}..."
+                )
+            if len(ids) <= self._max_tokens:
+                yield strand, ids
+                continue
+            # On the reverse strand the first half lies further along the record.
+            first, second = bases[: len(bases) // 2], bases[len(bases) // 2 :]
+            starts = (start + len(second), start) if reverse else (start, start + len(first))
+            halves = [(number, record, at, reverse, half) for at, half in zip(starts, (first, second))]
+            yield from self._tokenize(halves)
 
 
-def _cut_files(fasta_paths: Sequence[str | PathLike], manifest: dict[str, Any]) -> Iterator[_Piece]:
-    """Yield every kept piece, and fill in what the manifest says of records, totals and held-out pieces."""
-    totals, parameters = manifest["totals"], manifest["parameters"]
-    fraction = parameters["validation_fraction"]
-    for path, source in zip(fasta_paths, manifest["sources"]):
-        for record in read_fasta(path):
-            ordinal, number = totals["pieces"], totals["records"]
-            spans, entry = _cut_record(record, parameters["piece_length"], parameters["min_length"])
-            source["records"].append(entry)
-            totals["records"] += 1
-            for count in _COUNTS:
-                totals[count] += entry[count]
-            for i, (start, end) in enumerate(spans, ordinal):
-                is_held_out = math.floor((i + 1) * fraction + 0.5) > math.floor(i * fraction + 0.5)
-                if is_held_out:
-                    manifest["validation"].append([number, start, end])
-                bases = record.sequence[start:end]
-                yield _Piece(number, start, bases, False, SPLITS[is_held_out])
-                if parameters["reverse_complement"]:
-                    yield _Piece(number, start, to_reverse_complement(bases), True, SPLITS[is_held_out])
+class _SeenPieces:
+    """The digests of all pieces so far, in sorted arrays, each at least twice as long as the next: 16 bytes a piece."""
+
+    def __init__(self, digests: np.ndarray):
+        self._runs = [np.sort(digests)] if len(digests) else []
+
+    def add(self, digests: np.ndarray) -> np.ndarray:
+        """Add digests; return which of them were there before, or come earlier among them."""
+        seen = np.ones(len(digests), bool)
+        seen[np.unique(digests, return_index=True)[1]] = False
+        for run in self._runs:
+            seen |= run[np.minimum(np.searchsorted(run, digests), len(run) - 1)] == digests
+        new = np.sort(digests[~seen])
+        while self._runs and len(self._runs[-1]) < 2 * len(new):
+            new = np.sort(np.concatenate((self._runs.pop(), new)), kind="stable")  # merges in linear time
+        if len(new):
+            self._runs.append(new)
+        return seen
 
 
-def _cut_record(record: FastaRecord, size: int, min_length: int) -> tuple[list[tuple[int, int]], dict[str, Any]]:
-    """Cut a record into pieces `[start, end)` of `size` bases; count what was kept, dropped and cut out."""
-    runs = find_clean_runs(record.sequence)
-    spans = [(start, min(start + size, end)) for first, end in runs for start in range(first, end, size)]
-    kept = [(start, end) for start, end in spans if end - start >= min_length]
-    length = len(record.sequence)
-    clean_bases = sum(end - start for start, end in runs)
-    kept_bases = sum(end - start for start, end in kept)
-    # What is not clean lies between clean runs, and may lie before the first and behind the last.
-    cut_runs = len(runs) - 1 + (runs[0][0] > 0) + (runs[-1][1] < length) if runs else 1
-    kept_counts = (len(kept), kept_bases, len(spans) - len(kept), clean_bases - kept_bases)
-    return kept, {"name": record.name, **dict(zip(_COUNTS, (length, *kept_counts, cut_runs, length - clean_bases)))}
+class _Builder:
+    """Fills a temporary folder with shards, and the manifest with what it says of them.
 
+    In `.state/` lies what a later run needs to go on: what is built (`task`); the digests of the pieces; and a
+    journal with a line for every file that is finished, written when all that it speaks of is on disk.
+    """
 
-def _tokenize(
-    pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerFast, spelling: dict[int, str], max_tokens: int
-) -> Iterator[tuple[_Piece, list[int]]]:
-    """Yield each piece, or the halves of one that is too long, with its token ids."""
-    texts = [piece.bases for piece in pieces]
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    for piece, encoding in zip(pieces, encodings):
-        ids = encoding.ids
-        tokens = list(map(spelling.get, ids))
-        if "".join(tokens) != piece.bases:
-            raise InputError(
-                f"the tokenizer does not spell every run of A, C, G, T: {piece.bases[:20]}... (record {piece.record}, "
-                f"base {piece.start}) became {' '.join(tokens[:5]) or 'nothing'}..."
-            )
-        if len(ids) <= max_tokens:
-            yield piece, ids
+    def __init__(self, directory: Path, manifest: dict[str, Any], shard_tokens: int, task: str):
+        self._directory = directory
+        self._manifest = manifest
+        self._shard_tokens = shard_tokens
+        self._state = directory / _STATE
+        self._state.mkdir(exist_ok=True)
+        (self._state / "task").write_text(task)
+        self._files_done = 0
+        self._closed: list[dict[str, Any]] = []  # shards since the last line of the journal
+        self._held_out: list[list[int]] = []  # pieces since then
+        unfinished = {split: {"number": 0, "sequences": 0, "tokens": 0, "bases": 0} for split in SPLITS}
+        size = num_digests = 0
+        with contextlib.suppress(FileNotFoundError), (self._state / "journal").open("rb") as file:
+            for line in itertools.takewhile(lambda line: line.endswith(b"\n"), file):  # the last may be cut short
+                entry = json.loads(line)
+                manifest["sources"][self._files_done] = entry["source"]
+                manifest["totals"], unfinished, num_digests = entry["totals"], entry["unfinished"], entry["digests"]
+                manifest["shards"] += entry["shards"]
+                manifest["validation"] += entry["validation"]
+                self._files_done += 1
+                size += len(line)
+        self._journal = _open_at(self._state / "journal", size)
+        self._digests = _open_at(self._state / "digests", num_digests * _DIGEST_BYTES)
+        digests = np.fromfile(self._state / "digests", f"S{_DIGEST_BYTES}")
+        self._seen = _SeenPieces(digests)
+        self._shards = {split: _Shard(directory, split, **counts) for split, counts in unfinished.items()}
+
+    def run(self, fasta_paths: Sequence[str | PathLike], tokenizer: PreTrainedTokenizerFast, num_workers: int) -> None:
+        """Write all sequences of the files that are not done yet."""
+        totals, sources = self._manifest["totals"], self._manifest["sources"]
+        if self._files_done:
+            print(f"going on     behind {self._files_done:,} of {len(sources):,} files, done by a run that was killed")
+        sizes = [source["bytes"] for source in sources]
+        ends = [0, *itertools.accumulate(sizes)] if None not in sizes else None
+        batches = self._cut_files(fasta_paths)
+        function = _PieceTokenizer(tokenizer, self._manifest["parameters"])
+        with tqdm(desc="tokenizing", unit=" bases", unit_scale=True, initial=totals["bases"]) as progress:
+            for batch, tokenized in map_in_order(function, batches, num_workers):
+                self._take(batch, tokenized)
+                progress.update(sum(len(bases) for _, _, bases in batch.pieces))
+                if ends:
+                    progress.total = round(progress.n * ends[-1] / (ends[batch.source] + batch.position))
+                if batch.is_last:
+                    self._finish_file(batch.source)
+        self._check_splits()
+        self._manifest["shards"] += [shard.finish() for shard in self._shards.values()]
+        self._manifest["shards"].sort(key=lambda shard: shard["name"])
+        for split in SPLITS:
+            described = [shard for shard in self._manifest["shards"] if shard["split"] == split]
+            self._manifest["totals"][split] = {
+                key: sum(shard[key] for shard in described) for key in ("sequences", "tokens", "bases")
+            }
+
+    def close(self) -> None:
+        """Close the files, whatever is in them."""
+        for file in (self._journal, self._digests, *(file for s in self._shards.values() for file in s.files.values())):
+            file.close()
+
+    def remove_state(self) -> None:
+        """Leave nothing but the corpus."""
+        shutil.rmtree(self._state)
+
+    def _cut_files(self, fasta_paths: Sequence[str | PathLike]) -> Iterator[_Batch]:
+        """Yield the pieces of all files; fill in what the manifest says of their records."""
+        first_record = self._manifest["totals"]["records"]
+        for number in range(self._files_done, len(fasta_paths)):
+            source, reader = self._manifest["sources"][number], FastaReader(fasta_paths[number])
+            pieces = _cut_file(reader, first_record, source["records"], self._manifest["parameters"])
+            while True:
+                chunk = list(itertools.islice(pieces, _CHUNK_PIECES))
+                is_last = len(chunk) < _CHUNK_PIECES
+                if is_last and source["bytes"] is None:
+                    source.update(sha256=reader.text_sha256(), bytes=reader.text_bytes)
+                yield _Batch(number, first_record, reader.position, chunk, is_last)
+                if is_last:
+                    break
+            first_record += len(source["records"])
+
+    def _take(self, batch: _Batch, tokenized: _Tokenized) -> None:
+        """Number the pieces, choose those to hold out, and write them."""
+        totals, parameters = self._manifest["totals"], self._manifest["parameters"]
+        records = self._manifest["sources"][batch.source]["records"]
+        entries = [records[record - batch.first_record] for record, _, _ in batch.pieces]
+        seen = self._seen.add(tokenized.digests)
+        self._digests.write(tokenized.digests.tobytes())
+        for i in np.flatnonzero(seen):
+            size = len(batch.pieces[i][2])
+            for count, value in (("duplicates", 1), ("duplicate_bases", size)):
+                entries[i][count] += value
+            if parameters["dedup"]:
+                entries[i]["pieces"] -= 1
+                entries[i]["bases"] -= size
+        kept = ~seen if parameters["dedup"] else np.ones(len(seen), bool)
+        if parameters["validation_records"]:
+            held_out = kept & np.array([entry["name"] in parameters["validation_records"] for entry in entries], bool)
         else:
-            yield from _tokenize(piece.halve(), tokenizer, spelling, max_tokens)
+            ordinals = totals["pieces"] + np.cumsum(kept) - 1
+            bounds = [np.floor((ordinals + i) * parameters["validation_fraction"] + 0.5) for i in (0, 1)]
+            held_out = kept & (bounds[1] > bounds[0])
+        totals["pieces"] += int(kept.sum())
+        for i in np.flatnonzero(held_out):
+            record, start, bases = batch.pieces[i]
+            self._held_out.append([record, start, start + len(bases)])
+        strands = 1 + parameters["reverse_complement"]
+        totals["pieces_split"] += int(kept[tokenized.pieces].sum()) - strands * int(kept.sum())
+        for split, chosen in (("train", kept & ~held_out), ("validation", held_out)):
+            self._write(split, tokenized, chosen[tokenized.pieces])
+
+    def _write(self, split: str, tokenized: _Tokenized, chosen: np.ndarray) -> None:
+        tokens = tokenized.tokens[np.repeat(chosen, tokenized.lengths)]
+        lengths, rows = tokenized.lengths[chosen], tokenized.rows[chosen]
+        ends = np.cumsum(lengths)
+        done = first = 0
+        while first < len(rows):
+            shard = self._shards[split]
+            room = self._shard_tokens - shard.counts["tokens"]
+            end = int(np.searchsorted(ends, done + room, side="right"))
+            if end <= first and not shard.counts["sequences"]:
+                end = first + 1  # a sequence larger than a shard has one of its own
+            if end > first:
+                shard.append(tokens[done : ends[end - 1]], lengths[first:end], rows[first:end])
+                first, done = end, int(ends[end - 1])
+            if first < len(rows):
+                self._closed.append(shard.finish())
+                self._shards[split] = _Shard(self._directory, split, shard.counts["number"] + 1)
+
+    def _finish_file(self, number: int) -> None:
+        """Add a file to the journal, and to the manifest's totals."""
+        totals, source = self._manifest["totals"], self._manifest["sources"][number]
+        totals["records"] += len(source["records"])
+        for count in set(_COUNTS) - {"pieces"}:
+            totals[count] += sum(entry[count] for entry in source["records"])
+        for shard in self._shards.values():
+            shard.sync()
+        os.fsync(self._digests.fileno())
+        entry = {
+            "source": source,
+            "totals": totals,
+            "validation": self._held_out,
+            "shards": self._closed,
+            "unfinished": {split: shard.counts for split, shard in self._shards.items()},
+            "digests": self._digests.tell() // _DIGEST_BYTES,
+        }
+        _write_all(self._journal, json.dumps(entry).encode() + b"\n")
+        os.fsync(self._journal.fileno())
+        self._manifest["validation"] += self._held_out
+        self._manifest["shards"] += self._closed
+        self._held_out, self._closed = [], []
+
+    def _check_splits(self) -> None:
+        parameters, sources = self._manifest["parameters"], self._manifest["sources"]
+        if parameters["validation_records"]:
+            names = {record["name"] for source in sources for record in source["records"]}
+            if absent := set(parameters["validation_records"]) - names:
+                raise InputError(
+                    f"validation_records: expected names of records, found {', '.join(sorted(absent))}, which no file "
+                    f"has; the first of {len(names):,} names are {', '.join(sorted(names)[:5])}"
+                )
+        held_out = len(self._manifest["validation"])
+        training = self._manifest["totals"]["pieces"] - held_out
+        if not held_out or not training:
+            option = "validation_records" if parameters["validation_records"] else "validation_fraction"
+            raise InputError(
+                f"{option} {parameters[option]} and min_length {parameters['min_length']} left {training} pieces to "
+                f"train on and {held_out} to validate on; expected 1 or more of each: change "
+                f"--{option.replace('_', '-')} or --min-length of `dnazen corpus`, or add sequence"
+            )
+
+
+def _describe_inputs(paths: Sequence[str | PathLike]) -> list[dict[str, Any]]:
+    """`describe_sources`, where checksum and size of standard input are None until it has been read."""
+    files = [path for path in paths if str(path) != STDIN]
+    if len(paths) - len(files) > 1:
+        raise InputError(f"{STDIN} (standard input): given twice")
+    sources = iter(describe_sources(files))
+    return [{"path": STDIN, "sha256": None, "bytes": None} if str(p) == STDIN else next(sources) for p in paths]
+
+
+def _is_of(leftover: Path, task: str) -> bool:
+    """Whether a folder left by a killed run was to become the same corpus."""
+    file = leftover / _STATE / "task"
+    return file.is_file() and file.read_text() == task
+
+
+def _cut_file(
+    reader: FastaReader, first_record: int, entries: list[dict[str, Any]], parameters: dict[str, Any]
+) -> Iterator[tuple[int, int, bytes]]:
+    """Cut a file's records into pieces (record, start, bases); append an entry for each record to `entries`."""
+    size, min_length = parameters["piece_length"], parameters["min_length"]
+    record, carry, in_cut = first_record - 1, b"", False
+    entry: dict[str, Any] = {}
+
+    def keeps(length: int) -> bool:
+        names = ("pieces", "bases") if length >= min_length else ("dropped_short", "dropped_bases")
+        for name, value in zip(names, (1, length)):
+            entry[name] += value
+        return length >= min_length
+
+    end_of_block = 0
+    for block in reader:
+        if block.start == 0:
+            if carry and keeps(len(carry)):
+                yield record, end_of_block - len(carry), carry
+            record, carry, in_cut = record + 1, b"", False
+            entry = {"name": block.name, **dict.fromkeys(_COUNTS, 0)}
+            entries.append(entry)
+        entry["length"] += len(block.sequence)
+        # `carry` is the last piece so far, which may go on here.
+        data, first = carry + block.sequence, block.start - len(carry)
+        carry, end_of_block = b"", first + len(data)
+        for match in _RUNS.finditer(data):
+            start, end = match.span()
+            if data[start] not in b"ACGT":
+                entry["cut_runs"] += not in_cut
+                entry["cut_bases"] += end - start
+                in_cut = True
+                continue
+            in_cut = False
+            for at in range(start, end, size):
+                bases = data[at : min(at + size, end)]
+                if end == len(data) and len(bases) < size:
+                    carry = bases
+                elif keeps(len(bases)):
+                    yield record, first + at, bases
+    if carry and keeps(len(carry)):
+        yield record, end_of_block - len(carry), carry
 
 
 class _Shard:
-    """Sequences of one split, gathered until there are enough for a shard."""
+    """Sequences of one split as they are written; `counts` says how many there are.
 
-    def __init__(self, split: str, number: int):
+    With counts, a shard that a killed run left is opened, and what lies behind them is cut off.
+    """
+
+    def __init__(self, directory: Path, split: str, number: int, sequences: int = 0, tokens: int = 0, bases: int = 0):
         self.split = split
-        self.number = number
-        self.tokens = bytearray()
-        self.offsets = [0]
-        self.pieces: list[tuple[int, int, int, bool]] = []
+        self.counts = {"number": number, "sequences": sequences, "tokens": tokens, "bases": bases}
+        self.name = f"{split}-{number:05d}"
+        self.paths = {part: directory / f"{self.name}.{part}.npy" for part in _DTYPES}
+        self.files = {}
+        for part, items in self._items().items():
+            header = _npy_header(_DTYPES[part], items)
+            if sequences:
+                self.files[part] = _open_at(self.paths[part], len(header) + items * _DTYPES[part].itemsize)
+            else:
+                self.files[part] = _open_at(self.paths[part], 0)
+                _write_all(self.files[part], header + bytes(items * _DTYPES[part].itemsize))
 
-    def append(self, piece: _Piece, ids: list[int]) -> None:
-        self.tokens += np.array(ids, dtype=_DTYPES["tokens"]).tobytes()
-        self.offsets.append(self.offsets[-1] + len(ids))
-        self.pieces.append((piece.record, piece.start, len(piece.bases), piece.reverse))
+    def append(self, tokens: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> None:
+        offsets = self.counts["tokens"] + np.cumsum(lengths)
+        for part, values in (("tokens", tokens), ("offsets", offsets), ("pieces", rows)):
+            _write_all(self.files[part], values.astype(_DTYPES[part], copy=False).tobytes())
+        for count, value in (("sequences", len(rows)), ("tokens", len(tokens)), ("bases", int(rows["length"].sum()))):
+            self.counts[count] += value
 
-    def write(self, directory: Path) -> dict[str, Any]:
-        """Write the shard's files; return what the manifest says of it."""
-        name = f"{self.split}-{self.number:05d}"
-        files = {}
-        for part, dtype in _DTYPES.items():
-            values = getattr(self, part)
-            array = np.frombuffer(values, dtype) if part == "tokens" else np.array(values, dtype)
-            path = directory / f"{name}.{part}.npy"
-            # Not np.save: its error of a full disk has no errno.
-            with path.open("wb") as file:
-                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-                file.write(array.data)
-            files[path.name] = sha256_file(path)
-        bases = sum(length for _, _, length, _ in self.pieces)
-        counts = {"sequences": len(self.pieces), "tokens": self.offsets[-1], "bases": bases}
-        return {"split": self.split, "name": name, **counts, "files": files}
+    def sync(self) -> None:
+        """Wait until all is on disk."""
+        for file in self.files.values():
+            os.fsync(file.fileno())
+
+    def finish(self) -> dict[str, Any]:
+        """Write the final headers; return what the manifest says of the shard."""
+        for part, items in self._items().items():
+            self.files[part].seek(0)
+            _write_all(self.files[part], _npy_header(_DTYPES[part], items))
+        self.sync()
+        for file in self.files.values():
+            file.close()
+        files = {path.name: sha256_file(path) for path in self.paths.values()}
+        counts = {name: self.counts[name] for name in ("sequences", "tokens", "bases")}
+        return {"split": self.split, "name": self.name, **counts, "files": files}
+
+    def _items(self) -> dict[str, int]:
+        sequences = self.counts["sequences"]
+        return {"tokens": self.counts["tokens"], "offsets": sequences + 1, "pieces": sequences}
+
+
+def _npy_header(dtype: np.dtype, items: int) -> bytes:
+    """The head of a .npy file; numpy pads it to one length, whatever the number of items."""
+    header = io.BytesIO()
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (items,)}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
+
+
+def _open_at(path: Path, size: int) -> io.FileIO:
+    """Open a file for writing behind its first `size` bytes; what lies there is cut off.
+
+    Unbuffered, so that a full disk is an error where something is written, and nowhere else.
+    """
+    path.touch()
+    file = path.open("r+b", buffering=0)
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def _open_shard(directory: Path, shard: dict[str, Any], verify: bool) -> dict[str, np.ndarray]:

@@ -131,6 +131,15 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
 
 
+def spell_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The text of each token by its id; empty for an id that no token has."""
+    vocabulary = tokenizer.get_vocab()
+    spelling = [""] * (max(vocabulary.values()) + 1)
+    for token, token_id in vocabulary.items():
+        spelling[token_id] = token
+    return spelling
+
+
 def _read_sequences(paths: Sequence[str | PathLike]) -> Iterator[str]:
     with tqdm(desc="reading", unit=" bases", unit_scale=True) as progress:
         for path in paths:

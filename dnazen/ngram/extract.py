@@ -3,17 +3,20 @@
 A delimiter goes between two neighbours whose pair is rare or has a low PMI; other pairs are linked. The runs between
 delimiters are the candidates. Whether a pair is linked depends on its two tokens alone, so every occurrence of a
 candidate lies in a run of linked pairs, and after the pairs are counted only such runs need a look.
-Everything streams over blocks of whole sequences, in three passes: pairs, candidates, occurrences.
+Everything streams over blocks of whole sequences, in two passes: pairs; then candidates, together with the occurrences
+of all that could be one. A candidate of two tokens occurs as often as its pair, which the first pass has counted.
 """
 
+import collections
 import functools
+import mmap
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent import futures
 from dataclasses import asdict, dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from dnazen_kernels.ngram_matching.table import LENGTH_SHIFT, pack_ngrams, token
 from tqdm import tqdm
 
 from dnazen.data.tokenizer import tokenizer_checksum
+from dnazen.data.workers import call_forked, fork_pool
 from dnazen.files import InputError, atomic_directory, sha256_file, write_json
 from dnazen.ngram.vocab import MANIFEST_FILE, NGRAM_FILE, NgramVocabulary
 
@@ -60,8 +64,9 @@ def extract_ngrams(
     """Extract the G-grams of a corpus; the result does not depend on `num_workers` or on how shards are cut.
 
     `pmi(a, b) = log2 p(ab) - log2 p(a) - log2 p(b)` in fp64, with p(ab) the pair's share of all pairs of neighbours
-    and p(a) the token's share of all tokens. Memory: two tables of vocab_size^2 int64 and one block per worker, and
-    the distinct candidates.
+    and p(a) the token's share of all tokens. Memory: two tables of vocab_size^2 int64 (128 MiB each for 4,096 tokens),
+    one of them shared by all workers; a block per worker; and some 50 bytes for each distinct run of 3 to `max_len`
+    tokens whose pairs are all linked. The tokens themselves are mapped block by block.
 
     Args:
         shards: tokens (no special ones) and offsets of the sequences; nothing reaches across a sequence's end.
@@ -90,10 +95,9 @@ def extract_ngrams(
         raise InputError(str(error)) from error
 
     run = functools.partial(_run, blocks, num_workers, shards)
-    (token_counts, pair_counts), *others = run("counting pairs", _count_pairs, vocab_size, bits)
-    for more_tokens, more_pairs in others:
-        token_counts += more_tokens
-        pair_counts += more_pairs
+    token_counts, pair_counts = _shared_zeros(1 << bits), _shared_zeros(1 << 2 * bits)
+    lock = multiprocessing.get_context("fork").Lock()
+    collections.deque(run("counting pairs", _count_pairs, vocab_size, bits, token_counts, pair_counts, lock), maxlen=0)
     num_tokens, num_pairs = int(token_counts.sum()), int(pair_counts.sum())
 
     pairs = np.flatnonzero(pair_counts >= min_pair_count)
@@ -103,12 +107,20 @@ def extract_ngrams(
     linked = np.zeros(len(pair_counts), bool)
     linked[pairs] = True
 
-    parts = run("finding candidates", _collect_pieces, linked, bits, min_len, max_len, long_pieces == "split")
-    candidates = np.unique(np.concatenate([keys for keys, _ in parts]))
-    num_pieces = sum(histogram for _, histogram in parts).tolist()
-    counts = sum(run("counting candidates", _count_occurrences, linked, bits, candidates, max_len))
+    is_candidate = np.zeros(len(pair_counts), bool)
+    num_pieces, runs = np.zeros(max_len + 2, np.int64), _NO_RUNS
+    for candidates, more_runs, histogram in run(
+        "counting candidates", _count_runs, linked, bits, min_len, max_len, long_pieces == "split"
+    ):
+        is_candidate[candidates] = True
+        runs = _merge_runs([runs, more_runs])
+        num_pieces += histogram
+    candidates = np.flatnonzero(is_candidate)
+    keys = np.concatenate((candidates | 2 << LENGTH_SHIFT, runs.keys[runs.are_candidates]))
+    counts = np.concatenate((pair_counts[candidates], runs.counts[runs.are_candidates]))
+    num_candidates, num_pieces = len(keys), num_pieces.tolist()
 
-    keys, counts = candidates[counts >= min_count], counts[counts >= min_count]
+    keys, counts = keys[counts >= min_count], counts[counts >= min_count]
     missing = np.arange(max_len) >= (keys >> LENGTH_SHIFT)[:, None]
     shifts = bits * ((keys >> LENGTH_SHIFT)[:, None] - 1 - np.arange(max_len))
     # -1 after the end sorts a G-gram before those that it begins.
@@ -123,7 +135,7 @@ def extract_ngrams(
         num_tokens=num_tokens,
         num_pairs=num_pairs,
         num_linked_pairs=len(pairs),
-        num_candidates=len(candidates),
+        num_candidates=num_candidates,
         num_pieces=dict(enumerate(num_pieces[2:-1], 2)),
         num_long_pieces=num_pieces[-1],
     )
@@ -231,7 +243,13 @@ def _load_block(shards: Sequence[Shard], block: Block, bits: int) -> tuple[np.nd
     """A block's tokens, the codes of its pairs of neighbours, and which pairs reach across a sequence's end."""
     tokens, offsets = shards[block[0]]
     offsets = offsets[block[1] : block[2] + 1]
-    tokens = np.asarray(tokens[offsets[0] : offsets[-1]])
+    first, size = int(offsets[0]), int(offsets[-1] - offsets[0])
+    if size and isinstance(tokens, np.memmap) and isinstance(tokens.base, mmap.mmap):  # a file's, not a part of one
+        # A map of its own: the pages of one that stays would all count as this process' memory in the end.
+        place = tokens.offset + first * tokens.itemsize
+        tokens = np.asarray(np.memmap(tokens.filename, tokens.dtype, "r", place, size))
+    else:
+        tokens = np.asarray(tokens[first : first + size])
     codes = tokens[:-1].astype(np.int64)
     codes <<= bits
     codes |= tokens[1:]
@@ -239,25 +257,52 @@ def _load_block(shards: Sequence[Shard], block: Block, bits: int) -> tuple[np.nd
     return tokens, codes, across[1:-1]
 
 
-def _count_pairs(blocks, shards, vocab_size, bits):
-    token_counts = np.zeros(1 << bits, np.int64)
-    pair_counts = None
+def _count_pairs(blocks, shards, vocab_size, bits, token_counts, pair_counts, lock):
+    """Add a share's counts to those that all workers share."""
+    own_tokens, own_pairs = np.zeros_like(token_counts), np.zeros_like(pair_counts)
     for block in blocks:
         tokens, codes, across = _load_block(shards, block, bits)
         if len(tokens) and tokens.max() >= vocab_size:
             where = f"shard {block[0]}, sequences {block[1]} to {block[2] - 1}"
             raise InputError(f"{where}: expected token ids below {vocab_size}, found {tokens.max()}")
-        token_counts += np.bincount(tokens, minlength=len(token_counts))
-        more = np.bincount(codes, minlength=1 << 2 * bits)
-        np.subtract.at(more, codes[across], 1)
-        pair_counts = more if pair_counts is None else np.add(pair_counts, more, out=pair_counts)
-    return token_counts, pair_counts
+        own_tokens += np.bincount(tokens, minlength=len(own_tokens))
+        np.add.at(own_pairs, codes, 1)
+        np.subtract.at(own_pairs, codes[across], 1)
+    with lock:
+        token_counts += own_tokens
+        pair_counts += own_pairs
 
 
-def _collect_pieces(blocks, shards, linked, bits, min_len, max_len, split):
-    """The keys of the candidates, and how many runs there are by length; the last entry counts all longer ones."""
-    found = [np.zeros(0, np.int64)]
+class _Runs(NamedTuple):
+    """Distinct runs of three or more tokens whose neighbours are all linked."""
+
+    keys: np.ndarray  # int64, rising
+    counts: np.ndarray  # int64, occurrences anywhere
+    are_candidates: np.ndarray  # bool: found between two delimiters
+
+
+_NO_RUNS = _Runs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool))
+
+
+def _merge_runs(parts: Sequence[_Runs]) -> _Runs:
+    keys, counts, are_candidates = (np.concatenate(arrays) for arrays in zip(*parts))
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    firsts = np.flatnonzero(np.diff(keys, prepend=-1))
+    if not len(firsts):
+        return _NO_RUNS
+    return _Runs(
+        keys[firsts],
+        np.add.reduceat(counts[order], firsts),
+        np.logical_or.reduceat(are_candidates[order], firsts),
+    )
+
+
+def _count_runs(blocks, shards, linked, bits, min_len, max_len, split):
+    """The pairs that are candidates, the longer runs, and how many pieces there are by length, all longer ones last."""
+    is_candidate = np.zeros(len(linked), bool)
     histogram = np.zeros(max_len + 2, np.int64)
+    found = [_NO_RUNS]
     for block in blocks:
         tokens, codes, across = _load_block(shards, block, bits)
         links = linked[codes]
@@ -268,61 +313,63 @@ def _collect_pieces(blocks, shards, linked, bits, min_len, max_len, split):
             parts = -(-sizes // max_len)
             done = max_len * (np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts))
             starts, sizes = np.repeat(starts, parts) + done, np.minimum(np.repeat(sizes, parts) - done, max_len)
-        found += [pack_ngrams(tokens, starts[sizes == n], n, bits) for n in range(min_len, max_len + 1)]
+        if min_len == 2:
+            is_candidate[codes[starts[sizes == 2]]] = True
+        follows = np.append(links, False)
+        places = np.flatnonzero(follows[:-1] & follows[1:])  # where three tokens or more are linked
+        for n in range(3, max_len + 1):
+            if n >= min_len:
+                pieces = pack_ngrams(tokens, starts[sizes == n], n, bits)
+                found.append(_Runs(pieces, np.zeros(len(pieces), np.int64), np.ones(len(pieces), bool)))
+                keys = pack_ngrams(tokens, places, n, bits)
+                found.append(_Runs(keys, np.ones(len(keys), np.int64), np.zeros(len(keys), bool)))
+            places = places[follows[places + n - 1]]  # those with one more token linked
         # Merged when the new ones outgrow the old: all merges together cost as much as a few.
-        if sum(map(len, found[1:])) > len(found[0]):
-            found = [np.unique(np.concatenate(found))]
-    return np.concatenate(found), histogram
-
-
-def _count_occurrences(blocks, shards, linked, bits, candidates, max_len):
-    counts = np.zeros(len(candidates), np.int64)
-    for block in blocks if len(candidates) else ():
-        tokens, codes, across = _load_block(shards, block, bits)
-        links = np.append(linked[codes], False)
-        links[across] = False
-        starts = np.flatnonzero(links)
-        for n in range(2, max_len + 1):
-            keys = np.sort(pack_ngrams(tokens, starts, n, bits))  # sorted, a search runs through the cache
-            rows = np.minimum(np.searchsorted(candidates, keys), len(candidates) - 1)
-            counts += np.bincount(rows[candidates[rows] == keys], minlength=len(counts))
-            starts = starts[links[starts + n - 1]]  # those with one more token linked
-    return counts
+        if sum(len(runs.keys) for runs in found[1:]) > len(found[0].keys):
+            found = [_merge_runs(found)]
+    return np.flatnonzero(is_candidate), _merge_runs(found), histogram
 
 
 def _run(
     blocks: list[Block], num_workers: int, shards: Sequence[Shard], what: str, function: Callable, *arguments: Any
-) -> list[Any]:
-    """`function(blocks, shards, *arguments)`, or over one share of the blocks in each of several processes."""
+) -> Iterator[Any]:
+    """Yield `function(blocks, shards, *arguments)`, or that over a share of the blocks in each of several processes.
+
+    In which order the processes' results come is left to chance.
+    """
     shares = [blocks[i::num_workers] for i in range(min(num_workers, len(blocks)))]
+    tokens_done = _shared_zeros(len(shares))
     with tqdm(desc=what, unit=" tokens", unit_scale=True, total=_count_tokens(blocks, shards)) as progress:
 
-        def watch() -> Iterator[Block]:
-            for block in blocks:
-                yield block
-                progress.update(_count_tokens([block], shards))
+        def show() -> None:
+            progress.update(int(tokens_done.sum()) - progress.n)
 
-        if len(shares) <= 1:
-            return [function(watch(), shards, *arguments)]
-        # Forked processes inherit the arguments; pickled, memory maps would be copied whole.
-        context = multiprocessing.get_context("fork")
-        results = []
-        with ProcessPoolExecutor(len(shares), context, _inherit, (function, (shards, *arguments))) as pool:
-            for share, result in zip(shares, pool.map(_call_inherited, shares), strict=True):
-                results.append(result)
-                progress.update(_count_tokens(share, shards))
-        return results
+        def call(share: int) -> Any:
+            def watch() -> Iterator[Block]:
+                for block in shares[share]:
+                    yield block
+                    tokens_done[share] += _count_tokens([block], shards)
+                    if len(shares) == 1:
+                        show()
+
+            return function(watch(), shards, *arguments)
+
+        if len(shares) == 1:
+            yield call(0)
+            return
+        with fork_pool(call, len(shares)) as pool:
+            waiting = {pool.submit(call_forked, share) for share in range(len(shares))}
+            while waiting:
+                ended, waiting = futures.wait(waiting, timeout=0.2, return_when=futures.FIRST_COMPLETED)
+                show()
+                while ended:
+                    yield ended.pop().result()
 
 
 def _count_tokens(blocks: Iterable[Block], shards: Sequence[Shard]) -> int:
     return sum(int(shards[shard][1][end] - shards[shard][1][first]) for shard, first, end in blocks)
 
 
-def _inherit(function: Callable, arguments: tuple) -> None:
-    global _inherited
-    _inherited = (function, arguments)
-
-
-def _call_inherited(blocks: list[Block]) -> Any:
-    function, arguments = _inherited
-    return function(blocks, *arguments)
+def _shared_zeros(size: int) -> np.ndarray:
+    """int64 `[size]` that forked processes share."""
+    return np.frombuffer(mmap.mmap(-1, 8 * size), np.int64)

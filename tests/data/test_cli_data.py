@@ -1,12 +1,8 @@
 """`dnazen tokenizer` and `dnazen corpus` as a user runs them: results, errors, kills, full disks."""
 
-import os
 import random
-import signal
-import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -103,29 +99,3 @@ def test_full_disk_leaves_nothing(inputs, tmp_path, command):
     assert last.startswith("dnazen: error: ") and "File too large" in last and str(tmp_path / "new") in last
     assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_killed_run_leaves_no_corpus(inputs, tmp_path, caplog):
-    (tmp_path / "genome.fa").write_text(f">chr1\n{random_bases(8_000_000)}\n")
-    (tmp_path / "tokenizer").symlink_to(inputs / "tokenizer")
-    output_dir = tmp_path / "corpus"
-    command = [sys.executable, "-m", "dnazen.cli.main", *corpus_arguments(tmp_path, output_dir)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    os.set_blocking(process.stderr.fileno(), False)
-    printed, deadline = b"", time.monotonic() + 60
-    while b"tokenizing: 2" not in printed and process.poll() is None and time.monotonic() < deadline:
-        printed += process.stderr.read() or b""
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.stderr.close()
-    assert process.wait() == -signal.SIGKILL, printed
-    assert not output_dir.exists()
-    (leftover,) = tmp_path.glob(".corpus.*.tmp")
-    running = tmp_path / f".corpus.{os.getppid()}@{socket.gethostname()}.tmp"
-    elsewhere = tmp_path / f".corpus.{process.pid}@another-machine.tmp"
-    running.mkdir(), elsewhere.mkdir()
-    # What is left over does not stop the next run, which removes it, and nobody else's.
-    assert main(corpus_arguments(inputs, output_dir)) == 0
-    Corpus.open(output_dir)
-    assert sorted(tmp_path.glob(".*")) == sorted([running, elsewhere])
-    assert f"removing {leftover}: the process that wrote it was killed" in caplog.text

@@ -52,7 +52,7 @@ def test_tokenizer_from_other_files_is_refused(fasta, tmp_path, capsys):
     work_dir = tmp_path / "work"
     prepare_data([fasta], work_dir)
     printed = capsys.readouterr()
-    for what in ("reading", "tokenizing", "counting pairs", "finding candidates", "counting candidates"):
+    for what in ("reading", "tokenizing", "counting pairs", "counting candidates"):
         assert f"{what}: " in printed.err
     assert "bases/s" in printed.err and "tokens/s" in printed.err
     assert sorted(path.name for path in work_dir.iterdir()) == ["corpus", "ngrams", "tokenizer"]

@@ -118,6 +118,20 @@ def test_extraction_same_for_any_blocks_and_workers(monkeypatch, long_pieces):
         assert extract_ngrams(shards, **options, num_workers=num_workers) == whole
 
 
+def test_tokens_in_a_file_or_in_a_part_of_one(tmp_path):
+    rng = np.random.default_rng(1)
+    tokens, offsets = make_shard([rng.integers(5, 12, 50).tolist() for _ in range(40)])
+    np.save(tmp_path / "whole.npy", tokens)
+    np.save(tmp_path / "longer.npy", np.concatenate((tokens[::-1], tokens)))
+    options = dict(vocab_size=16, min_pmi=0.1, min_count=1, min_pair_count=1)
+    expected = extract_ngrams([(tokens, offsets)], **options)
+    assert len(expected.ngrams) > 20
+    whole = np.load(tmp_path / "whole.npy", mmap_mode="r")
+    part = np.load(tmp_path / "longer.npy", mmap_mode="r")[len(tokens) :]
+    assert extract_ngrams([(whole, offsets)], **options) == expected
+    assert extract_ngrams([(part, offsets)], **options) == expected
+
+
 def test_paper_example():
     """Section 2.1: ATA / CGGT / TGTA / GGTT / AGGA under a threshold of 1."""
     tokens = ["ATA", "CGGT", "TGTA", "GGTT", "AGGA"]
