@@ -1,5 +1,7 @@
 """The definition of the fusion, dense, and the same on packed input in plain PyTorch; paper section 2.3, eq. (4)."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 
@@ -13,7 +15,9 @@ def ngram_fusion_dense(
     returns `[B, S, H]` in the dtype of `hidden_states`, accumulated in fp32 (fp64 if any input is fp64).
     """
     dtype = accumulation_dtype(hidden_states, ngram_hidden_states)
-    with torch.autocast(hidden_states.device.type, enabled=False):  # it would round both to bf16
+    device = hidden_states.device.type
+    # autocast would round both to bf16; shapes alone, on "meta", know no autocast
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         added = torch.einsum("bsg,bgh->bsh", ngram_position_matrix.to(dtype), ngram_hidden_states.to(dtype))
     return (hidden_states.to(dtype) + added).to(hidden_states.dtype)
 
