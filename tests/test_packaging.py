@@ -19,6 +19,9 @@ ALLOWED = {
     "dnazen.train": {
         "dnazen.train", "dnazen.data", "dnazen.models", "dnazen.ngram", "dnazen.files", "dnazen_kernels", "dnazen"
     },
+    "dnazen.inference": {
+        "dnazen.inference", "dnazen.train", "dnazen.data", "dnazen.models", "dnazen.ngram", "dnazen.files", "dnazen"
+    },
 }  # fmt: skip
 
 

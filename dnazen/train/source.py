@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
+from transformers import PreTrainedTokenizerFast
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from dnazen.data.shards import Corpus
@@ -37,21 +38,13 @@ class Source(NamedTuple):
                 corpus's.
         """
         folder = fetch_model(name)
-        tokenizer = load_tokenizer(folder)
+        tokenizer, vocabulary = load_vocabularies(folder)
         expected, found = tokenizer_checksum(tokenizer), tokenizer_checksum(corpus.tokenizer)
         if found != expected:
             raise InputError(
                 f"{corpus.path}: expected a corpus made with the tokenizer of {name} ({len(tokenizer):,} tokens, "
                 f"SHA-256 {expected}), found another ({len(corpus.tokenizer):,} tokens, SHA-256 {found})"
             )
-        config = read_json(folder / "config.json", "a model's configuration")
-        vocabulary = NgramVocabulary.from_pretrained(folder, tokenizer) if (folder / NGRAM_FILE).is_file() else None
-        sizes = {"vocab_size": len(tokenizer), **({"ngram_vocab_size": vocabulary.vocab_size} if vocabulary else {})}
-        for field, size in sizes.items():
-            if config.get(field, 0) < size:
-                raise InputError(f"{folder}/config.json: {field}: expected at least {size}, found {config.get(field)}")
-        if vocabulary is None and "ngram_vocab_size" in config:
-            raise InputError(f"{folder}: expected {NGRAM_FILE}, because config.json has G-grams, found none")
         files = next((found for pattern in _WEIGHTS if (found := sorted(folder.glob(pattern)))), [])
         if not files:
             raise InputError(f"{folder}: expected weights ({' or '.join(_WEIGHTS)}), found none")
@@ -117,3 +110,22 @@ def fetch_model(name: str) -> Path:
         reason = str(error).splitlines()[0]
         raise InputError(f"{name}: no such folder, and the Hugging Face hub gave no such model: {reason}") from error
     return folder
+
+
+def load_vocabularies(folder: Path) -> tuple[PreTrainedTokenizerFast, NgramVocabulary | None]:
+    """The tokenizer and the G-grams (None: it has none) of a model's folder, both of which its embeddings must hold.
+
+    Raises:
+        InputError: a file is missing or does not fit the others.
+    """
+    tokenizer = load_tokenizer(folder)
+    config = read_json(folder / "config.json", "a model's configuration")
+    vocabulary = NgramVocabulary.from_pretrained(folder, tokenizer) if (folder / NGRAM_FILE).is_file() else None
+    sizes = {"vocab_size": len(tokenizer), **({"ngram_vocab_size": vocabulary.vocab_size} if vocabulary else {})}
+    for field, size in sizes.items():
+        if config.get(field, 0) < size:
+            raise InputError(f"{folder}/config.json: {field}: expected at least {size}, found {config.get(field)}")
+    # 1 is the padding's embedding alone: a model made from DNABERT-2
+    if vocabulary is None and config.get("ngram_vocab_size", 1) > 1:
+        raise InputError(f"{folder}: expected {NGRAM_FILE}, because config.json has G-grams, found none")
+    return tokenizer, vocabulary

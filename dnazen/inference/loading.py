@@ -1,0 +1,64 @@
+"""A trained model made ready to be used: weights, tokenizer and G-grams of one folder."""
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from dnazen.data.collator import PackedCollator
+from dnazen.files import InputError
+from dnazen.models.modeling_dnazen import DNAZenPreTrainedModel
+from dnazen.ngram.vocab import NgramVocabulary
+from dnazen.train.source import fetch_model, load_vocabularies
+
+
+class InferenceModel(NamedTuple):
+    """A model in evaluation mode, and what turns sequences into its input."""
+
+    model: DNAZenPreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    vocabulary: NgramVocabulary  # empty for a model without G-grams
+    collator: PackedCollator  # without masking
+
+    def tokenize(self, sequences: list[str]) -> list[list[int]]:
+        """Token ids of each sequence of A, C, G and T, without special tokens.
+
+        Raises:
+            InputError: the tokenizer has no token for one of the letters.
+        """
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(sequences, add_special_tokens=False)
+        for sequence, encoding in zip(sequences, encodings):
+            if self.tokenizer.unk_token_id in encoding.ids:
+                raise InputError(f"the tokenizer does not spell every run of A, C, G, T: {sequence[:50]}")
+        return [encoding.ids for encoding in encodings]
+
+
+def load_for_inference(
+    name: str,
+    model_class: type[DNAZenPreTrainedModel],
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> InferenceModel:
+    """Load a model, a folder or a name on the Hugging Face hub, on the GPU if there is one.
+
+    A folder without `ngram.json`, as DNABERT-2's, gives a model that sees tokens alone.
+
+    Args:
+        name: of the folder or of the hub's model.
+        model_class: which parts of the model are used; one that the folder lacks is an error or, if it may be new, logged.
+        dtype: of weights and states.
+        attn_implementation: as in `from_pretrained`; "eager" alone returns attention weights.
+
+    Raises:
+        InputError: there is no such model; a file is missing or does not fit the others; see
+            `StrictLoading.from_pretrained`.
+    """
+    folder = fetch_model(name)
+    tokenizer, vocabulary = load_vocabularies(folder)
+    options: dict[str, Any] = {"attn_implementation": attn_implementation}
+    if vocabulary is None:
+        vocabulary = NgramVocabulary([], [])
+        options["ngram_vocab_size"] = vocabulary.vocab_size
+    model = model_class.from_pretrained(folder, dtype=dtype, **options)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return InferenceModel(model, tokenizer, vocabulary, PackedCollator(tokenizer, vocabulary))
