@@ -27,7 +27,10 @@ setup(
         "huggingface-hub>=1.5",
         "xopen>=2.0",
         "matplotlib>=3.8",
+        "peft>=0.18",
         "psutil>=5.9",
+        "scikit-learn>=1.5",
+        "scipy>=1.13",
         "tqdm>=4.66",
     ],
     extras_require={

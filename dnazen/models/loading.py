@@ -116,7 +116,7 @@ def _is_described(part: tuple[str, ...], configuration: dict[str, Any]) -> bool:
     if part == NGRAM_PART:
         return "ngram_vocab_size" in configuration
     architectures = configuration.get("architectures") or ()
-    return CLASSIFIER[0] in part and any("SequenceClassification" in name for name in architectures)
+    return CLASSIFIER[0] in part and any("Classification" in name for name in architectures)
 
 
 def _group(names: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """DNAZEN: an encoder over BPE tokens (E4BU) to which each of the first layers adds the states of the covering G-grams.
 
-All three models take either form of input:
+The models take either form of input:
 
 - packed, the names and shapes of `dnazen.layers.padding.PackedBatch`: without the G-gram fields no sequence has any;
 - padded, as in Hugging Face: `input_ids [B, S]`, `attention_mask [B, S]` (default: all ones) and, all or none of them,
@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.utils import ModelOutput, can_return_tuple
 
 from dnazen.files import InputError
@@ -347,3 +352,31 @@ class DNAZenForSequenceClassification(DNAZenWithHead):
         if labels is None:
             return None, logits
         return self.loss_function(labels=labels, pooled_logits=logits.float(), config=self.config), logits
+
+
+class DNAZenForTokenClassification(DNAZenWithHead):
+    """DNAZEN with a linear layer to `num_labels` classes on the states of each token.
+
+    `logits` is `[T, num_labels]`, or `[B, S, num_labels]` for padded input, without meaning at padding. With `labels`
+    (shaped as `input_ids`, -100 where none counts) `loss` is the mean cross-entropy.
+    """
+
+    new_parts = (NGRAM_PART, CLASSIFIER)
+    unused_parts = (MLM_HEAD, POOLER)
+    accepts_loss_kwargs = False  # tells Trainer that the loss is a mean over the labels at hand
+    output_class = TokenClassifierOutput
+
+    def __init__(self, config: DNAZenConfig) -> None:
+        super().__init__(config)
+        self.bert = DNAZenModel(config)
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def head(self, outputs, labels, masked_positions, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        if labels is None:
+            return None, logits
+        _check_shape("labels", labels, tuple(logits.shape[:-1]))
+        return self.loss_function(logits=logits, labels=labels, config=self.config), logits

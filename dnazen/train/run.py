@@ -71,14 +71,19 @@ def main() -> int:
         print(f"dnazen: error: {error}", file=sys.stderr)
         return 1
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        # on a CPU DeepSpeed leaves 69 MB of shared memory behind for each process
-        buffer = "deepspeed_allreduce_buffer_*_{MASTER_ADDR}_{MASTER_PORT}_{RANK}"
-        if {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= os.environ.keys():
-            for path in Path("/dev/shm").glob(buffer.format_map(os.environ)):
-                path.unlink(missing_ok=True)
+        leave_process_group()
     return 0
+
+
+def leave_process_group() -> None:
+    """End communication between processes, and remove what DeepSpeed leaves behind."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    # on a CPU DeepSpeed leaves 69 MB of shared memory behind for each process
+    buffer = "deepspeed_allreduce_buffer_*_{MASTER_ADDR}_{MASTER_PORT}_{RANK}"
+    if {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= os.environ.keys():
+        for path in Path("/dev/shm").glob(buffer.format_map(os.environ)):
+            path.unlink(missing_ok=True)
 
 
 def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
