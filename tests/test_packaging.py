@@ -22,6 +22,10 @@ ALLOWED = {
     "dnazen.inference": {
         "dnazen.inference", "dnazen.train", "dnazen.data", "dnazen.models", "dnazen.ngram", "dnazen.files", "dnazen"
     },
+    "dnazen.finetune": {
+        "dnazen.finetune", "dnazen.inference", "dnazen.train", "dnazen.data", "dnazen.models", "dnazen.ngram",
+        "dnazen.files", "dnazen",
+    },
 }  # fmt: skip
 
 

@@ -93,6 +93,11 @@ def _make_parser() -> argparse.ArgumentParser:
 
     command = add_command("export", _export, "write a trained model in the form of the published ones")
     command.add_argument("--model", required=True, metavar="DIR", help="`final/` or `checkpoint-N/` of a training run")
+
+    command = add_command("predict", _predict, "apply a fine-tuned model to a CSV file")
+    command.add_argument("--model", required=True, metavar="DIR", help="`final/` of a fine-tuning run")
+    command.add_argument("--data", required=True, metavar="CSV", help="columns as in training; label may be absent")
+    command.add_argument("--attn-implementation", metavar="NAME", help="attention by name (the best here)")
     text = "say what runs on this machine, and check the operators on small input"
     subparsers.add_parser("doctor", help=text, description=text).set_defaults(run=_doctor)
     return parser
@@ -138,6 +143,15 @@ def _export(model: str, output_dir: str) -> None:
     from dnazen.train.export import export_model  # the models take seconds to import
 
     print(f"parameters  {export_model(model, output_dir):,}, in fp32, under their published names")
+
+
+def _predict(output_dir: str, **parameters: Any) -> None:
+    from dnazen.finetune.predict import predict  # the models take seconds to import
+
+    num_rows, metrics = predict(output_dir=output_dir, **parameters)
+    print(f"rows        {num_rows:,}")
+    for name, value in metrics.items():
+        print(f"{name:12}{value:.4f}")
 
 
 def _doctor() -> int:

@@ -1,0 +1,22 @@
+"""Fine-tune DNAZEN: `deepspeed dnazen/finetune.py --model DIR --data DIR --output_dir DIR [...]`, or with plain `python`.
+
+The work is done in the package of the same name.
+"""
+
+import atexit
+import os
+import sys
+from pathlib import Path
+
+# the launcher puts this folder first on the path, where `data`, `models`, ... would shadow other packages
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from dnazen.finetune.run import main  # noqa: E402
+
+if __name__ == "__main__":
+    status = main()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # native threads that ZeRO-3 leaves behind abort one in ten teardowns of the interpreter, after all work is done
+    os._exit(status)

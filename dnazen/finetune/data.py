@@ -1,0 +1,130 @@
+"""CSV files of labelled sequences, checked row by row."""
+
+import csv
+import logging
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+from xopen import xopen
+
+from dnazen.files import InputError
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "dev", "test")
+_SINGLE, _PAIR = ("sequence",), ("sequence1", "sequence2")
+
+
+class Table(NamedTuple):
+    """The rows of one CSV file."""
+
+    path: Path
+    sequences: list[tuple[str, ...]]  # one or two a row, upper-case, U read as T
+    labels: list[str] | None  # as written; None: no such column
+    lines: list[int]  # the file's line on which each row ends
+    num_unclear: int  # letters other than A, C, G, T
+
+    @property
+    def is_pair(self) -> bool:
+        return len(self.sequences[0]) == 2
+
+
+def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
+    """Read a CSV file, plain or compressed: columns `sequence`, or `sequence1` and `sequence2`, and `label`.
+
+    Other columns are left alone. Letters other than A, C, G, T are kept, counted and logged: the tokenizer reads each
+    as unknown.
+
+    Raises:
+        InputError: the file is absent or unreadable, lacks a column or has no rows; a row has an empty sequence or no
+            label, or more fields than there are columns.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a CSV with columns sequence (or sequence1, sequence2) and label")
+    sequences, labels, lines = [], [], []
+    num_unclear = num_unclear_rows = 0
+    try:
+        # the mark that spreadsheets put first is no part of a column's name
+        with xopen(path, "r", threads=0, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns = reader.fieldnames or ()
+            names = _PAIR if set(_PAIR) <= set(columns) else _SINGLE
+            missing = sorted({*names, *(["label"] if needs_labels else [])} - set(columns))
+            if missing:
+                raise InputError(
+                    f"{path}: expected columns sequence (or sequence1, sequence2){' and label' * needs_labels}, "
+                    f"found {', '.join(columns) or 'none'}"
+                )
+            for row in reader:
+                if None in row or None in row.values():
+                    found = sum(value is not None for name, value in row.items() if name) + len(row.get(None, ()))
+                    raise InputError(f"{path}: line {reader.line_num}: expected {len(columns)} fields, found {found}")
+                texts = tuple(row[name].strip().upper().replace("U", "T") for name in names)
+                for name, text in zip(names, texts):
+                    if not text:
+                        raise InputError(f"{path}: line {reader.line_num}: expected a {name}, found nothing")
+                if "label" in columns and needs_labels and not row["label"].strip():
+                    raise InputError(f"{path}: line {reader.line_num}: expected a label, found nothing")
+                unclear = sum(len(text) - sum(map(text.count, "ACGT")) for text in texts)
+                num_unclear += unclear
+                num_unclear_rows += unclear > 0
+                sequences.append(texts)
+                labels.append(row.get("label", "").strip())
+                lines.append(reader.line_num)
+    except InputError:
+        raise
+    except Exception as error:  # each decompressor has errors of its own
+        raise InputError(f"{path}: cannot be read as CSV: {error}") from error
+    if not sequences:
+        raise InputError(f"{path}: expected a sequence in each row, found no rows")
+    if num_unclear:
+        logger.warning(
+            "%s: %s letters other than A, C, G, T, in %s of %s rows; each is read as an unknown token",
+            path, f"{num_unclear:,}", f"{num_unclear_rows:,}", f"{len(sequences):,}",
+        )  # fmt: skip
+    return Table(path, sequences, labels if "label" in columns and all(labels) else None, lines, num_unclear)
+
+
+def find_splits(folder: str | PathLike, expected: Sequence[str] = SPLITS) -> dict[str, Path]:
+    """The CSV files of a folder by split: `train.csv`, `dev.csv`, `test.csv`, each plain or .gz; absent ones are left out.
+
+    Raises:
+        InputError: a split is there twice.
+    """
+    found = {}
+    for split in expected:
+        files = [path for path in (Path(folder) / f"{split}.csv", Path(folder) / f"{split}.csv.gz") if path.is_file()]
+        if len(files) > 1:
+            raise InputError(f"{folder}: expected one file for {split}, found {files[0].name} and {files[1].name}")
+        if files:
+            found[split] = files[0]
+    return found
+
+
+class Overlap(NamedTuple):
+    """How many rows of a split repeat a sequence (or pair) of the split itself, or one of training."""
+
+    rows: int
+    repeats: int  # rows whose sequence stands in an earlier row of the split
+    in_train: int  # rows of dev or test whose sequence is in training; of training 0
+    in_dev: int  # rows of test whose sequence is in dev
+
+
+def count_overlaps(tables: dict[str, Table]) -> dict[str, Overlap]:
+    """Repeats within splits and leaks between them: equal sequences, whatever their labels."""
+    distinct = {split: set(table.sequences) for split, table in tables.items()}
+
+    def shared(split: str, other: str) -> int:
+        if SPLITS.index(other) >= SPLITS.index(split):
+            return 0
+        return sum(sequence in distinct.get(other, ()) for sequence in tables[split].sequences)
+
+    return {
+        split: Overlap(
+            len(table.sequences), len(table.sequences) - len(distinct[split]), shared(split, "train"), shared(split, "dev")
+        )
+        for split, table in tables.items()
+    }
