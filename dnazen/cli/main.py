@@ -98,6 +98,24 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--model", required=True, metavar="DIR", help="`final/` of a fine-tuning run")
     command.add_argument("--data", required=True, metavar="CSV", help="columns as in training; label may be absent")
     command.add_argument("--attn-implementation", metavar="NAME", help="attention by name (the best here)")
+
+    text = "fine-tune and test models on GUE, and report; run again, it goes on"
+    command = subparsers.add_parser("gue", help=text, description=text)
+    command.set_defaults(run=_gue)
+    command.add_argument("--output-dir", required=True, metavar="DIR", help="for report and jobs; may hold earlier ones")
+    command.add_argument("--data", required=True, metavar="DIR", help="GUE: prom/prom_core_tata/train.csv, ...")
+    command.add_argument(
+        "--model", nargs="+", required=True, dest="models", metavar="DIR", help="models to compare; kmer-lr: the baseline"
+    )
+    command.add_argument("--seeds", type=int, default=3, help="trainings of each model on each task (%(default)s)")
+    command.add_argument("--tasks", type=lambda text: text.split(","), metavar="NAME,...", help="some data sets (all)")
+    command.add_argument("--no-ngrams", action="store_true", help="run each model also with its G-grams hidden")
+    command.add_argument("--learning-rate", type=float, default=3e-5, help="for all data sets (%(default)s)")
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--epochs", type=float, help="of each data set (DNABERT-2's protocol)")
+    group.add_argument("--max-steps", type=int, help="steps of each data set, instead of epochs")
+    command.add_argument("--jobs-per-device", type=int, help="at a time (what a GPU holds; or one a core)")
+
     text = "say what runs on this machine, and check the operators on small input"
     subparsers.add_parser("doctor", help=text, description=text).set_defaults(run=_doctor)
     return parser
@@ -152,6 +170,12 @@ def _predict(output_dir: str, **parameters: Any) -> None:
     print(f"rows        {num_rows:,}")
     for name, value in metrics.items():
         print(f"{name:12}{value:.4f}")
+
+
+def _gue(**parameters: Any) -> int:
+    from dnazen.gue.launch import run_gue  # the models take seconds to import
+
+    return 0 if run_gue(**parameters) else 1
 
 
 def _doctor() -> int:
