@@ -26,6 +26,7 @@ ALLOWED = {
         "dnazen.finetune", "dnazen.inference", "dnazen.train", "dnazen.data", "dnazen.models", "dnazen.ngram",
         "dnazen.files", "dnazen",
     },
+    "dnazen.gue": {"dnazen.gue", "dnazen.finetune", "dnazen.train", "dnazen.files", "dnazen"},
 }  # fmt: skip
 
 

@@ -113,7 +113,7 @@ class FinetuningArguments(TrainingArguments):
         if self.output_dir is None:
             raise InputError("--output_dir is needed: where the results go")
         if self.eval_strategy not in ("epoch", "steps"):
-            raise InputError(f"--eval_strategy must be epoch or steps, to find the best model, got {self.eval_strategy}")
+            raise InputError(f"--eval_strategy must be epoch or steps, to find the best, got {self.eval_strategy}")
         self.save_strategy = "best"
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()

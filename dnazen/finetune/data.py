@@ -2,7 +2,6 @@
 
 import csv
 import logging
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +42,7 @@ def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a CSV with columns sequence (or sequence1, sequence2) and label")
+        raise InputError(f"{path}: no such file; expected a CSV with a column sequence, or sequence1 and sequence2")
     sequences, labels, lines = [], [], []
     num_unclear = num_unclear_rows = 0
     try:
@@ -54,10 +53,8 @@ def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
             names = _PAIR if set(_PAIR) <= set(columns) else _SINGLE
             missing = sorted({*names, *(["label"] if needs_labels else [])} - set(columns))
             if missing:
-                raise InputError(
-                    f"{path}: expected columns sequence (or sequence1, sequence2){' and label' * needs_labels}, "
-                    f"found {', '.join(columns) or 'none'}"
-                )
+                expected = "sequence (or sequence1, sequence2)" + " and label" * needs_labels
+                raise InputError(f"{path}: expected columns {expected}, found {', '.join(columns) or 'none'}")
             for row in reader:
                 if None in row or None in row.values():
                     found = sum(value is not None for name, value in row.items() if name) + len(row.get(None, ()))
@@ -88,14 +85,14 @@ def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
     return Table(path, sequences, labels if "label" in columns and all(labels) else None, lines, num_unclear)
 
 
-def find_splits(folder: str | PathLike, expected: Sequence[str] = SPLITS) -> dict[str, Path]:
-    """The CSV files of a folder by split: `train.csv`, `dev.csv`, `test.csv`, each plain or .gz; absent ones are left out.
+def find_splits(folder: str | PathLike) -> dict[str, Path]:
+    """The CSV files of a folder by split: `train.csv`, `dev.csv`, `test.csv`, plain or .gz; some may be absent.
 
     Raises:
         InputError: a split is there twice.
     """
     found = {}
-    for split in expected:
+    for split in SPLITS:
         files = [path for path in (Path(folder) / f"{split}.csv", Path(folder) / f"{split}.csv.gz") if path.is_file()]
         if len(files) > 1:
             raise InputError(f"{folder}: expected one file for {split}, found {files[0].name} and {files[1].name}")
@@ -105,26 +102,34 @@ def find_splits(folder: str | PathLike, expected: Sequence[str] = SPLITS) -> dic
 
 
 class Overlap(NamedTuple):
-    """How many rows of a split repeat a sequence (or pair) of the split itself, or one of training."""
+    """How much of a split stands elsewhere too: equal sequences (or pairs), whatever their labels."""
 
     rows: int
-    repeats: int  # rows whose sequence stands in an earlier row of the split
-    in_train: int  # rows of dev or test whose sequence is in training; of training 0
-    in_dev: int  # rows of test whose sequence is in dev
+    repeats: int  # rows that repeat an earlier one of the split
+    in_train: int  # different sequences that are in training too; of training itself 0
+    in_dev: int  # of test alone: different sequences that are in dev too
 
 
 def count_overlaps(tables: dict[str, Table]) -> dict[str, Overlap]:
-    """Repeats within splits and leaks between them: equal sequences, whatever their labels."""
-    distinct = {split: set(table.sequences) for split, table in tables.items()}
+    """Repeats within splits and leaks between them."""
+    different = {split: set(table.sequences) for split, table in tables.items()}
 
     def shared(split: str, other: str) -> int:
-        if SPLITS.index(other) >= SPLITS.index(split):
-            return 0
-        return sum(sequence in distinct.get(other, ()) for sequence in tables[split].sequences)
+        return len(different[split] & different.get(other, set())) if SPLITS.index(other) < SPLITS.index(split) else 0
 
     return {
         split: Overlap(
-            len(table.sequences), len(table.sequences) - len(distinct[split]), shared(split, "train"), shared(split, "dev")
+            len(table.sequences), len(table.sequences) - len(found), shared(split, "train"), shared(split, "dev")
         )
-        for split, table in tables.items()
+        for (split, table), found in zip(tables.items(), different.values())
     }
+
+
+def describe_overlap(split: str, overlap: Overlap) -> str:
+    """Repeats and leaks of a split, for people."""
+    parts = [f"{split}: {overlap.rows:,} rows, {overlap.repeats:,} of them repeats"]
+    if split != "train":
+        parts.append(f"{overlap.in_train:,} sequences in train too")
+    if split == "test":
+        parts.append(f"{overlap.in_dev:,} in dev too")
+    return ", ".join(parts)

@@ -97,7 +97,7 @@ class Encoder(NamedTuple):
         if not self.is_packed:
             if table.is_pair or task.kind == PER_BASE:
                 what = "pairs" if table.is_pair else "labels per base"
-                raise InputError(f"{table.path}: {what}: expected DNAZEN or DNABERT-2 as the model, found {self.folder}")
+                raise InputError(f"{table.path}: {what} need DNAZEN or DNABERT-2 as the model, found {self.folder}")
             texts = [text for (text,) in table.sequences]
             num_truncated = sum(len(row) > self.max_length for row in self.tokenizer(texts, verbose=False)["input_ids"])
             rows = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
@@ -258,7 +258,12 @@ def predict_logits(model: nn.Module, encoder: Encoder, task: Task, input_ids: li
     return [result.numpy() for _, (result,) in run_batches(rows, encoder.make_collator(), compute, device)]
 
 
+def list_weights(folder: Path) -> list[Path]:
+    """The files of a model's weights."""
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+
+
 def checksum_weights(folder: Path) -> str:
     """SHA-256 of a model's configuration and weights."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"), folder / "config.json"])
+    files = [folder / "config.json", *list_weights(folder)]
     return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()

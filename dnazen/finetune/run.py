@@ -15,8 +15,8 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from dnazen import __version__
 from dnazen.files import InputError, sha256_file, write_json
 from dnazen.finetune.arguments import FinetuningArguments, FinetuningDataArguments
-from dnazen.finetune.data import Overlap, Table, count_overlaps, find_splits, read_table
-from dnazen.finetune.model import Encoder, add_adapters, load_model, open_finetuned, write_record
+from dnazen.finetune.data import Overlap, Table, count_overlaps, describe_overlap, find_splits, read_table
+from dnazen.finetune.model import Encoded, Encoder, add_adapters, load_model, open_finetuned, write_record
 from dnazen.finetune.predict import PREDICTIONS_FILE, predict_table
 from dnazen.finetune.tasks import REGRESSION, Task
 from dnazen.finetune.trainer import FinetuningTrainer
@@ -24,6 +24,7 @@ from dnazen.train.checkpoint import lock_run
 from dnazen.train.run import leave_process_group
 
 REPORT_FILE = "report.json"
+_RECORDED = ("learning_rate", "num_train_epochs", "max_steps", "warmup_steps", "weight_decay", "seed")
 _LOWER_IS_BETTER = ("loss", "mse")
 
 
@@ -91,7 +92,7 @@ def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> N
     )
     overlaps = count_overlaps(tables)
     if main_process:
-        print(describe(data_args, task, tables, overlaps, encoded, weights, model), flush=True)
+        print(describe(data_args, task, overlaps, encoded, weights, model), flush=True)
     started = time.perf_counter()
     trainer.train()
     train_seconds = time.perf_counter() - started
@@ -99,14 +100,16 @@ def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> N
         return
     write_record(trainer.best_dir, encoder, task, data_args.lora_rank is not None, tables["train"].is_pair)
     best = [entry for entry in trainer.state.log_history if entry.get("step") == trainer.state.best_global_step]
-    dev = {name.removeprefix("eval_"): value for entry in best for name, value in entry.items() if name.startswith("eval_")}
+    dev = {
+        name.removeprefix("eval_"): value for entry in best for name, value in entry.items() if name.startswith("eval_")
+    }
     report: dict[str, Any] = {
         "dnazen_version": __version__, "model": data_args.model, "task": task._asdict(), "arguments": {
             **dataclasses.asdict(data_args),
-            **{name: getattr(args, name) for name in ("learning_rate", "num_train_epochs", "max_steps", "seed", "warmup_steps")},
+            **{name: getattr(args, name) for name in _RECORDED},
             "sequences_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         },
-        "data": {split: {"path": str(table.path), "sha256": sha256_file(table.path)} for split, table in tables.items()},
+        "data": {str(table.path): sha256_file(table.path) for table in tables.values()},
         "overlaps": {split: overlap._asdict() for split, overlap in overlaps.items()},
         "num_truncated": {split: rows.num_truncated for split, rows in encoded.items()},
         "steps": trainer.state.global_step, "best_step": trainer.state.best_global_step, "dev": dev,
@@ -160,8 +163,8 @@ def build_model(
 
 
 def describe(
-    data_args: FinetuningDataArguments, task: Task, tables: dict[str, Table], overlaps: dict[str, Overlap],
-    encoded: dict[str, Any], weights: list[float] | None, model: torch.nn.Module,
+    data_args: FinetuningDataArguments, task: Task, overlaps: dict[str, Overlap], encoded: dict[str, Encoded],
+    weights: list[float] | None, model: torch.nn.Module,
 ) -> str:  # fmt: skip
     """What is about to be trained, for people."""
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -173,18 +176,8 @@ def describe(
         + (f", weights {', '.join(f'{weight:.3g}' for weight in weights)}" if weights else ""),
     ]
     for split, overlap in overlaps.items():
-        lines.append(f"{split:8}{len(tables[split].sequences):,} rows; {describe_overlap(split, overlap)}")
+        lines.append("data    " + describe_overlap(split, overlap))
         if split in encoded:
             tokens = sum(map(len, encoded[split].input_ids))
-            lines[-1] += f"; {tokens / overlap.rows:.1f} tokens a row, {encoded[split].num_truncated:,} cut short"
+            lines[-1] += f"; {tokens / overlap.rows:.1f} tokens a row, {encoded[split].num_truncated:,} rows cut short"
     return "\n".join(lines)
-
-
-def describe_overlap(split: str, overlap: Overlap) -> str:
-    """Repeats and leaks of a split, for people."""
-    parts = [f"{overlap.repeats:,} repeat an earlier row"]
-    if split != "train":
-        parts.append(f"{overlap.in_train:,} are in train")
-    if split == "test":
-        parts.append(f"{overlap.in_dev:,} in dev")
-    return ", ".join(parts)

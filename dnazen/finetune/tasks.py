@@ -75,12 +75,11 @@ class Task(NamedTuple):
         for line, label in zip(table.lines, labels):
             if self.kind in (REGRESSION, MULTI_LABEL):
                 if len(label) != self.num_labels:
-                    raise InputError(f"{table.path}: line {line}: label: expected {self.num_labels} values, found {len(label)}")
+                    found = f"expected {self.num_labels} values, found {len(label)}"
+                    raise InputError(f"{table.path}: line {line}: label: {found}")
             elif label.max() >= self.num_labels:
-                raise InputError(
-                    f"{table.path}: line {line}: label: expected a class from 0 to {self.num_labels - 1}, as in training, "
-                    f"found {label.max()}"
-                )
+                expected = f"a class from 0 to {self.num_labels - 1}, as in training"
+                raise InputError(f"{table.path}: line {line}: label: expected {expected}, found {label.max()}")
         return labels
 
     def stack(self, labels: Sequence[np.ndarray]) -> Tensor:
@@ -105,7 +104,7 @@ class Task(NamedTuple):
         return -(weights * logits.log_softmax(-1)).sum() / weights.sum()
 
     def balanced_weights(self, labels: Sequence[np.ndarray]) -> list[float]:
-        """A weight for each class, inverse to its frequency; 1 on average over all labels (scikit-learn's "balanced")."""
+        """A weight for each class, inverse to its frequency, 1 on average over all labels (as in scikit-learn)."""
         classes = np.concatenate(labels) if self.kind == PER_BASE else np.stack(labels)
         return (len(classes) / (self.num_labels * np.bincount(classes, minlength=self.num_labels))).tolist()
 
@@ -126,7 +125,7 @@ class Task(NamedTuple):
             predicted = logits > 0
             pairs = list(zip(labels.T, predicted.T))
             values = {
-                "mcc": np.mean([matthews_corrcoef(*pair) for pair in pairs]),
+                "mcc": np.mean([mcc(*pair) for pair in pairs]),
                 "accuracy": np.mean(labels == predicted),
                 "f1": f1_score(labels, predicted, average="macro", zero_division=0),
             }
@@ -138,7 +137,7 @@ class Task(NamedTuple):
             tokens, labels_of_tokens = labels.nonzero()
             counts, predicted, labels = labels[tokens, labels_of_tokens], predicted[tokens], labels_of_tokens
         values = {
-            "mcc": matthews_corrcoef(labels, predicted, sample_weight=counts),
+            "mcc": mcc(labels, predicted, counts),
             "accuracy": accuracy_score(labels, predicted, sample_weight=counts),
             "f1": f1_score(labels, predicted, average="macro", zero_division=0, sample_weight=counts),
         }
@@ -166,6 +165,13 @@ class Task(NamedTuple):
         return {"prediction": prediction, **columns}
 
 
+def mcc(truth: np.ndarray, prediction: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Matthews' correlation coefficient; 0 where it is undefined, for there is one class alone."""
+    if len(np.union1d(truth, prediction)) < 2:
+        return 0.0
+    return float(matthews_corrcoef(truth, prediction, sample_weight=weights))
+
+
 def parse_labels(kind: str, table: Table) -> list[np.ndarray]:
     """A file's labels, one array a row (see `Task`).
 
@@ -181,11 +187,11 @@ def parse_labels(kind: str, table: Table) -> list[np.ndarray]:
         try:
             label = _parse_label(kind, text)
         except ValueError:
-            raise InputError(f"{table.path}: line {line}: label: expected {_FORMS[kind]}, found {text[:50]!r}") from None
+            found = f"expected {_FORMS[kind]}, found {text[:50]!r}"
+            raise InputError(f"{table.path}: line {line}: label: {found}") from None
         if kind == PER_BASE and len(label) != len(sequences[0]):
-            raise InputError(
-                f"{table.path}: line {line}: label: expected {len(sequences[0])} digits, one for each base, found {len(label)}"
-            )
+            found = f"expected {len(sequences[0])} digits, one for each base, found {len(label)}"
+            raise InputError(f"{table.path}: line {line}: label: {found}")
         parsed.append(label)
     return parsed
 

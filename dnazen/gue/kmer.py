@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import matthews_corrcoef
 
 from dnazen.files import InputError, write_json
 from dnazen.finetune.predict import PREDICTIONS_FILE
 from dnazen.finetune.run import REPORT_FILE, read_splits
-from dnazen.finetune.tasks import CLASSIFICATION, Task
+from dnazen.finetune.tasks import CLASSIFICATION, Task, mcc
 
 NAME = "kmer-lr"
 KS, STRENGTHS = (3, 4, 5, 6, 7), (0.001, 0.01, 0.1, 1.0)
@@ -51,9 +50,9 @@ def run_kmers(data: str, output_dir: Path) -> None:
                   for split, rows in texts.items()}  # fmt: skip
         for strength in STRENGTHS:
             model = LogisticRegression(C=strength, max_iter=5000).fit(counts["train"], labels["train"])
-            mcc = matthews_corrcoef(labels["dev"], model.predict(counts["dev"]))
-            if mcc > best[0]:
-                best = (mcc, k, strength)
+            score = mcc(labels["dev"], model.predict(counts["dev"]))
+            if score > best[0]:
+                best = (score, k, strength)
                 logits = {split: np.log(model.predict_proba(counts[split]) + 1e-300) for split in ("dev", "test")}
     report = {split: task.metrics(logits[split], labels[split]) for split in logits}
     output_dir.mkdir(parents=True, exist_ok=True)

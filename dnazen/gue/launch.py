@@ -19,11 +19,11 @@ import torch
 import dnazen
 from dnazen.files import InputError, read_json, write_json
 from dnazen.finetune.data import Overlap, count_overlaps, find_splits, read_table
-from dnazen.finetune.model import checksum_weights
-from dnazen.finetune.run import REPORT_FILE, describe_overlap
+from dnazen.finetune.model import checksum_weights, list_weights
+from dnazen.finetune.run import REPORT_FILE
 from dnazen.gue import kmer
 from dnazen.gue.protocol import LEARNING_RATE, PROTOCOLS, SEQUENCES_PER_STEP, choose_datasets
-from dnazen.gue.report import write_report
+from dnazen.gue.report import describe_data, write_report
 from dnazen.train.checkpoint import lock_run
 from dnazen.train.source import fetch_model
 
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 JOB_FILE, LOG_FILE = "job.json", "log.txt"
 _SCRIPT = Path(dnazen.__file__).parent / "finetune.py"
 _PDEATHSIG = 1  # of Linux's prctl
-# of a job that trains all weights: weights, gradients and Adam's moments in fp32; activations, and CUDA itself
-_BYTES_PER_PARAMETER, _BYTES_BESIDE = 16, 6 << 30
+# of a job: weights, gradients and Adam's moments in fp32, where bf16 may be stored; activations, and CUDA itself
+_BYTES_PER_STORED_BYTE, _BYTES_BESIDE = 8, 6 << 30
 _MAX_JOBS_PER_GPU = 6  # more only wait for the processor
 
 
@@ -103,19 +103,20 @@ def run_gue(
     Raises:
         InputError: data, models or numbers cannot be used; a finished job in `output_dir` had other settings.
     """
-    for name, value in {"seeds": seeds, "epochs": epochs, "max_steps": max_steps, "jobs_per_device": jobs_per_device}.items():
+    numbers = {"seeds": seeds, "learning-rate": learning_rate, "epochs": epochs, "max-steps": max_steps}
+    for name, value in {**numbers, "jobs-per-device": jobs_per_device}.items():
         if value is not None and value <= 0:
-            raise InputError(f"--{name.replace('_', '-')}: expected a number above 0, found {value}")
+            raise InputError(f"--{name}: expected a number above 0, found {value}")
     output_dir = Path(output_dir)
     present, absent = choose_datasets(Path(data), tasks)
-    for dataset, reason in absent.items():
-        print(f"not run: {dataset} {reason}")
     overlaps = count_all_overlaps(Path(data))
+    print("\n".join(describe_data(overlaps, absent)), flush=True)
     rows = list_models(models, no_ngrams)
     jobs = [
-        make_job(model, dataset, folder, seed, output_dir, len_train, learning_rate, epochs, max_steps)
+        make_job(
+            model, dataset, folder, seed, output_dir, overlaps[dataset]["train"].rows, learning_rate, epochs, max_steps
+        )
         for dataset, folder in present.items()
-        for len_train in [overlaps[dataset]["train"].rows]
         for model in rows
         for seed in range(seeds if model.folder else 1)
     ]
@@ -126,26 +127,23 @@ def run_gue(
     failed = run_jobs(waiting, len(jobs), jobs_per_device)
     finished = [job for job in jobs if job.is_done]
     results = [
-        {"model": job.model.label, "dataset": job.dataset, "seed": job.seed, "folder": job.output_dir} for job in finished
+        {"model": job.model.label, "dataset": job.dataset, "seed": job.seed, "folder": job.output_dir}
+        for job in finished
     ]
-    settings = {
-        "learning rate": learning_rate, "epochs": epochs or "protocol", "steps": max_steps or "protocol", "seeds": seeds,
-        "sequences a step": SEQUENCES_PER_STEP,
-    }  # fmt: skip
+    length = f"{max_steps:,} steps" if max_steps else f"{epochs:g} epochs" if epochs else "DNABERT-2's protocol"
+    settings = {"training": length, "sequences a step": SEQUENCES_PER_STEP, "learning rate": learning_rate}
     write_report(output_dir, [model.label for model in rows], results, failed, absent, overlaps, settings)
     return not failed
 
 
 def count_all_overlaps(folder: Path) -> dict[str, dict[str, Overlap]]:
-    """Repeats and leaks of every data set that is there, whole or in part; those that have any are printed."""
-    found = {}
-    for dataset in PROTOCOLS:
-        if splits := find_splits(folder / dataset):
-            found[dataset] = count_overlaps({split: read_table(path) for split, path in splits.items()})
-            for split, overlap in found[dataset].items():
-                if any(overlap[1:]):
-                    print(f"{dataset} {split}: of {overlap.rows:,} rows {describe_overlap(split, overlap)}")
-    return found
+    """Repeats and leaks of every data set that is there, whole or in part."""
+    found = {dataset: find_splits(folder / dataset) for dataset in PROTOCOLS}
+    return {
+        dataset: count_overlaps({split: read_table(path) for split, path in paths.items()})
+        for dataset, paths in found.items()
+        if paths
+    }
 
 
 def list_models(names: list[str], no_ngrams: bool) -> list[Model]:
@@ -226,8 +224,8 @@ def run_jobs(waiting: list[Job], total: int, jobs_per_device: int | None) -> dic
     devices = [None] if not num_gpus else visible_gpus(num_gpus)
     limit = jobs_per_device or (jobs_per_gpu(waiting) if num_gpus else num_cores)
     threads = max(1, num_cores // min(limit * len(devices), len(waiting)))
-    print(f"{len(waiting):,} jobs, {limit} at a time on each of {num_gpus or 'no'} GPUs, {threads} threads each"
-          if num_gpus else f"{len(waiting):,} jobs, {limit} at a time on {num_cores} cores", flush=True)  # fmt: skip
+    where = f"each of {num_gpus} GPUs" if num_gpus else f"{num_cores} cores"
+    print(f"{len(waiting):,} jobs, {limit} at a time on {where}, {threads} threads each", flush=True)
     # the longest first, so that no long one is left for the end
     queue, running, failed = sorted(waiting, key=lambda job: -job.cost), [], {}
     done = total - len(waiting)
@@ -258,13 +256,14 @@ def start_job(job: Job, device: str | None, threads: int) -> Running:
     """Start a job; it dies with this process."""
     job.output_dir.mkdir(parents=True)
     write_json(job.output_dir / JOB_FILE, job.record())
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
     log = open(job.output_dir / LOG_FILE, "wb")
     command = [sys.executable, *job.arguments, "--output_dir", str(job.output_dir)]
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=_die_with_parent)
+    process = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=_die_with_parent
+    )
     return Running(job, process, log, device, time.perf_counter())
 
 
@@ -304,10 +303,8 @@ def visible_gpus(count: int) -> list[str]:
 
 def jobs_per_gpu(jobs: list[Job]) -> int:
     """How many jobs of the largest model fit a GPU."""
-    sizes = [
-        sum(path.stat().st_size for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)) // 4
-        for folder in {job.model.folder for job in jobs if job.model.folder}
-    ]
-    need = max(sizes, default=0) * _BYTES_PER_PARAMETER + _BYTES_BESIDE
+    folders = {job.model.folder for job in jobs if job.model.folder}
+    sizes = [sum(path.stat().st_size for path in list_weights(folder)) for folder in folders]
+    need = max(sizes, default=0) * _BYTES_PER_STORED_BYTE + _BYTES_BESIDE
     memory = min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
     return max(1, min(memory // need, _MAX_JOBS_PER_GPU))

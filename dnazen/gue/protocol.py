@@ -55,8 +55,9 @@ def choose_datasets(folder: Path, chosen: list[str] | None) -> tuple[dict[str, P
     Raises:
         InputError: a name is unknown, or what it names cannot be run; nothing can be run.
     """
-    names = {name: name for name in DATASETS} | {name.split("/")[1]: name for name in DATASETS if not name[-1].isdigit()}
-    names |= {name.split("/")[1]: name for name in DATASETS if name.startswith("EMP/")}
+    # tf/0 and mouse/0 are no names without what is above
+    short = {name.split("/")[1]: name for name in DATASETS if not name.startswith(("tf/", "mouse/"))}
+    names = {**short, **{name: name for name in DATASETS}}
     if unknown := sorted(set(chosen or ()) - names.keys()):
         raise InputError(f"--tasks: expected data sets of GUE ({', '.join(DATASETS)}), found {', '.join(unknown)}")
     present, absent = {}, {}
@@ -66,11 +67,12 @@ def choose_datasets(folder: Path, chosen: list[str] | None) -> tuple[dict[str, P
         if not missing:
             present[name] = folder / name
         else:
-            absent[name] = "absent" if len(missing) == len(SPLITS) else f"has no {' and no '.join(missing)}"
+            absent[name] = "absent" if len(missing) == len(SPLITS) else f"without {' and '.join(missing)}"
     if chosen:
         wanted = list(dict.fromkeys(names[name] for name in chosen))
         if unusable := [f"{name} {absent[name]}" for name in wanted if name in absent]:
-            raise InputError(f"{folder}: expected {', '.join(SPLITS)} of each data set of --tasks, found: {'; '.join(unusable)}")
+            expected = f"{', '.join(SPLITS)} of each data set of --tasks"
+            raise InputError(f"{folder}: expected {expected}, found {'; '.join(unusable)}")
         present = {name: present[name] for name in wanted}
     if not present:
         raise InputError(f"{folder}: expected data sets of GUE (such as {DATASETS[-2]}/train.csv), found none")

@@ -8,11 +8,11 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import matthews_corrcoef
 
-from dnazen.finetune.data import Overlap
+from dnazen.finetune.data import Overlap, describe_overlap
 from dnazen.finetune.predict import PREDICTIONS_FILE
-from dnazen.finetune.run import REPORT_FILE, describe_overlap
+from dnazen.finetune.run import REPORT_FILE
+from dnazen.finetune.tasks import mcc
 from dnazen.gue.paper import AVERAGE_NGRAMS, DATASETS, mcc_of
 
 # the paper's models that stand beside ours, and the table each is from
@@ -69,7 +69,7 @@ def format_report(
     rows = []
     for dataset in datasets:
         row = [dataset]
-        best = max((_mean(cell, "test_mcc") for (name, _), cell in cells.items() if name == dataset and cell), default=0)
+        best = max(_mean(cell, "test_mcc") for (name, _), cell in cells.items() if name == dataset and cell)
         for model in models:
             cell = cells[dataset, model]
             text = _spread(cell, "test_mcc") if cell else ""
@@ -81,7 +81,7 @@ def format_report(
         rows.append(["mean", *(f"{100 * value:.2f}" for value in means), *(f"{value:.2f}" for value in paper)])
     lines += _table(["data set", *models, *(f"{model} ({table})" for table, model in BESIDE)], rows)
     lines += ["", "Bold: the best of the models run here; ± is the standard deviation over seeds. Columns with a table's "
-              "number are the paper's (arXiv 2505.02206), of base size; † was pretrained further on GUE.", ""]  # fmt: skip
+              "number are the paper's (arXiv 2505.02206); † was pretrained further on GUE.", ""]  # fmt: skip
     if len(models) > 1 and datasets:
         lines += ["## Wins and losses of the first model", ""]
         lines += [_compare(models[0], other, datasets, cells) for other in models[1:]] + [""]
@@ -90,13 +90,13 @@ def format_report(
     for (dataset, model), cell in cells.items():
         if cell:
             by_seed = ", ".join(f"{100 * result['test_mcc']:.2f}" for result in cell)
-            rows.append([dataset, model, by_seed, _spread(cell, "test_accuracy"), _spread(cell, "test_f1"),
-                         _spread(cell, "dev_mcc"), f"{_mean(cell, 'seconds'):.0f}", _describe_choice(cell)])  # fmt: skip
+            spreads = [_spread(cell, name) for name in ("test_accuracy", "test_f1", "dev_mcc")]
+            rows.append([dataset, model, by_seed, *spreads, f"{_mean(cell, 'seconds'):.0f}", _describe_choice(cell)])
     header = ["data set", "model", "MCC by seed", "accuracy %", "macro F1 %", "dev MCC", "seconds", "best step or k, C"]
     lines += [*_table(header, rows), ""]
     if density:
-        lines += ["## By number of matched G-grams", "", "Accuracy in percent over all test sequences of all data sets and "
-                  "seeds, by how many G-grams match in the sequence.", ""]  # fmt: skip
+        lines += ["## By number of matched G-grams", "", "Accuracy in percent over the test sequences of all data sets "
+                  "and seeds, by how many G-grams match in the sequence.", ""]  # fmt: skip
         lines += [*_table(["G-grams", "sequences", *models], _pool_density(density, models)), ""]
         averages = []
         for dataset in datasets:
@@ -105,12 +105,22 @@ def format_report(
             averages.append(f"{dataset} {found:.1f} ({AVERAGE_NGRAMS[DATASETS.index(dataset)]})")
         lines += ["G-grams in a test sequence on average, and in the paper: " + ", ".join(averages) + ".", ""]
     lines += ["## The data", ""]
-    for dataset, splits in overlaps.items():
-        lines += [f"- {dataset} {split}: of {overlap.rows:,} rows {describe_overlap(split, overlap)}"
-                  for split, overlap in splits.items() if any(overlap[1:])]  # fmt: skip
-    lines += [f"- not run: {dataset} {reason}" for dataset, reason in absent.items()]
+    lines += [f"- {line}" for line in describe_data(overlaps, absent)]
     lines += ["", "## Failed jobs", "", *(f"- {name}: {reason}" for name, reason in failed.items())] if failed else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def describe_data(overlaps: dict[str, dict[str, Overlap]], absent: dict[str, str]) -> list[str]:
+    """The data sets that have repeats or leaks, a line each, and those that were not run, a line for each reason."""
+    lines = [
+        f"{dataset}: " + "; ".join(describe_overlap(split, overlap) for split, overlap in splits.items())
+        for dataset, splits in overlaps.items()
+        if any(any(overlap[1:]) for overlap in splits.values())
+    ]
+    for reason in dict.fromkeys(absent.values()):
+        names = [name for name, other in absent.items() if other == reason]
+        lines.append(f"not run, because {reason}: {', '.join(names)}")
+    return lines
 
 
 def score_by_density(results: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
@@ -123,11 +133,11 @@ def score_by_density(results: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
         with open(result["folder"] / PREDICTIONS_FILE, newline="") as file:
             tables.setdefault((result["dataset"], result["model"]), []).append(list(csv.DictReader(file)))
     for (dataset, model), runs in tables.items():
-        counted = next((other[0] for (name, _), other in tables.items() if name == dataset and "ngrams" in other[0][0]), None)
-        if counted is None:
+        counted = [other[0] for (name, _), other in tables.items() if name == dataset and "ngrams" in other[0][0]]
+        if not counted:
             continue
-        counts = np.array([int(row["ngrams"]) for row in counted])
-        labels = np.array([int(row["label"]) for row in counted])
+        counts = np.array([int(row["ngrams"]) for row in counted[0]])
+        labels = np.array([int(row["label"]) for row in counted[0]])
         predictions = np.array([[int(row["prediction"]) for row in run] for run in runs])
         for first, last in DENSITIES:
             chosen = (counts >= first) & (counts <= (last if last is not None else counts.max(initial=first)))
@@ -136,12 +146,12 @@ def score_by_density(results: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
                 yield {
                     "dataset": dataset, "model": model, "from": first, "to": "" if last is None else last,
                     "sequences": int(chosen.sum()), "ngrams": int(counts[chosen].sum()),
-                    "accuracy": float((truth == said).mean()), "mcc": float(matthews_corrcoef(truth, said)),
+                    "accuracy": float((truth == said).mean()), "mcc": mcc(truth, said),
                 }  # fmt: skip
 
 
 def plot_results(path: Path, models: list[str], results: list[dict[str, Any]]) -> None:
-    """A line for each data set: each model's mean and spread over seeds, the paper's DNABERT-2 and DNAZEN† beside them."""
+    """A line for each data set: mean and spread over seeds of each model, and the paper's DNABERT-2 and DNAZEN†."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -157,7 +167,8 @@ def plot_results(path: Path, models: list[str], results: list[dict[str, Any]]) -
             wins = _mean(first[dataset], "test_mcc") > max(others)
             axes.axhspan(place - 0.5, place + 0.5, color="#2a7f3f" if wins else "#b03030", alpha=0.08, linewidth=0)
     for index, model in enumerate(models):
-        found = [(place, cell) for place, dataset in zip(places, datasets) if (cell := _select(results, dataset, model))]
+        cells = [_select(results, dataset, model) for dataset in datasets]
+        found = [(place, cell) for place, cell in zip(places, cells) if cell]
         offset = 0.5 * (len(models) - 1) * 0.12 - index * 0.12
         axes.errorbar(
             [100 * _mean(cell, "test_mcc") for _, cell in found], [place + offset for place, _ in found],
@@ -172,7 +183,7 @@ def plot_results(path: Path, models: list[str], results: list[dict[str, Any]]) -
     if len(models) > 1:
         axes.set_title(f"green: {models[0]} is ahead of the others run here; red: it is not", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14 - 0.3 / len(datasets)), ncol=3, fontsize=8, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncol=3, fontsize=8, frameon=False)
     temporary = path.with_name(f"{path.name}.tmp")
     figure.savefig(temporary, dpi=100, format="png")
     temporary.rename(path)
