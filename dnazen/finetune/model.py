@@ -177,7 +177,8 @@ def load_model(encoder: Encoder, task: Task, attn_implementation: str | None = N
     if encoder.is_packed:
         model_class = DNAZenForTokenClassification if task.kind == PER_BASE else DNAZenForSequenceClassification
         if not encoder.vocabulary.ngrams:
-            options["ngram_vocab_size"] = encoder.vocabulary.vocab_size
+            # no G-gram ever reaches their encoder, which cannot be smaller than this
+            options |= {"ngram_vocab_size": encoder.vocabulary.vocab_size, "num_hidden_ngram_layers": 1}
     return model_class.from_pretrained(encoder.folder, **options)
 
 
