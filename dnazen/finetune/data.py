@@ -13,6 +13,8 @@ from dnazen.files import InputError
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "dev", "test")
+# what a run writes beside its model: what it says of the test split, and, last, its figures
+PREDICTIONS_FILE, REPORT_FILE = "predictions.csv", "report.json"
 _SINGLE, _PAIR = ("sequence",), ("sequence1", "sequence2")
 
 
@@ -99,6 +101,23 @@ def find_splits(folder: str | PathLike) -> dict[str, Path]:
         if files:
             found[split] = files[0]
     return found
+
+
+def read_splits(folder: str | PathLike) -> dict[str, Table]:
+    """The tables of train, dev and, if it is there, test.
+
+    Raises:
+        InputError: train or dev is absent; see `read_table`; some splits have pairs and others do not.
+    """
+    paths = find_splits(folder)
+    for split in ("train", "dev"):
+        if split not in paths:
+            raise InputError(f"{folder}: expected {split}.csv or {split}.csv.gz, found neither")
+    tables = {split: read_table(path) for split, path in paths.items()}
+    for table in tables.values():
+        if table.is_pair != tables["train"].is_pair:
+            raise InputError(f"{table.path}: expected pairs in all splits or in none, found another than in training")
+    return tables
 
 
 class Overlap(NamedTuple):

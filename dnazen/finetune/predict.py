@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from dnazen.files import InputError, atomic_directory, write_json
-from dnazen.finetune.data import Table, read_table
+from dnazen.finetune.data import PREDICTIONS_FILE, Table, read_table
 from dnazen.finetune.model import Finetuned, open_finetuned
 from dnazen.finetune.tasks import PER_BASE, UNSEEN
 
-PREDICTIONS_FILE, METRICS_FILE = "predictions.csv", "metrics.json"
+METRICS_FILE = "metrics.json"
 
 
 def predict(

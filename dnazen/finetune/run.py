@@ -15,15 +15,21 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from dnazen import __version__
 from dnazen.files import InputError, sha256_file, write_json
 from dnazen.finetune.arguments import FinetuningArguments, FinetuningDataArguments
-from dnazen.finetune.data import Overlap, Table, count_overlaps, describe_overlap, find_splits, read_table
+from dnazen.finetune.data import (
+    PREDICTIONS_FILE,
+    REPORT_FILE,
+    Overlap,
+    count_overlaps,
+    describe_overlap,
+    read_splits,
+)
 from dnazen.finetune.model import Encoded, Encoder, add_adapters, load_model, open_finetuned, write_record
-from dnazen.finetune.predict import PREDICTIONS_FILE, predict_table
+from dnazen.finetune.predict import predict_table
 from dnazen.finetune.tasks import REGRESSION, Task
 from dnazen.finetune.trainer import FinetuningTrainer
 from dnazen.train.checkpoint import lock_run
 from dnazen.train.run import leave_process_group
 
-REPORT_FILE = "report.json"
 _RECORDED = ("learning_rate", "num_train_epochs", "max_steps", "warmup_steps", "weight_decay", "seed")
 _LOWER_IS_BETTER = ("loss", "mse")
 
@@ -129,23 +135,6 @@ def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> N
             print(f"{split:8}" + "  ".join(f"{name} {value:.4f}" for name, value in report[split].items()))
     print(f"best on dev at step {report['best_step']:,} of {report['steps']:,}, {train_seconds:.0f} s of training")
     print(f"model: {output_dir / 'final'}")
-
-
-def read_splits(folder: str) -> dict[str, Table]:
-    """The tables of train, dev and, if it is there, test.
-
-    Raises:
-        InputError: train or dev is absent; see `read_table`; some splits have pairs and others do not.
-    """
-    paths = find_splits(folder)
-    for split in ("train", "dev"):
-        if split not in paths:
-            raise InputError(f"{folder}: expected {split}.csv or {split}.csv.gz, found neither")
-    tables = {split: read_table(path) for split, path in paths.items()}
-    for table in tables.values():
-        if table.is_pair != tables["train"].is_pair:
-            raise InputError(f"{table.path}: expected pairs in all splits or in none, found another than in training")
-    return tables
 
 
 def build_model(

@@ -11,8 +11,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from dnazen.files import InputError, write_json
-from dnazen.finetune.predict import PREDICTIONS_FILE
-from dnazen.finetune.run import REPORT_FILE, read_splits
+from dnazen.finetune.data import PREDICTIONS_FILE, REPORT_FILE, read_splits
 from dnazen.finetune.tasks import CLASSIFICATION, Task, mcc
 
 NAME = "kmer-lr"

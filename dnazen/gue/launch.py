@@ -18,9 +18,8 @@ import torch
 
 import dnazen
 from dnazen.files import InputError, read_json, write_json
-from dnazen.finetune.data import Overlap, count_overlaps, find_splits, read_table
+from dnazen.finetune.data import REPORT_FILE, Overlap, count_overlaps, find_splits, read_table
 from dnazen.finetune.model import checksum_weights, list_weights
-from dnazen.finetune.run import REPORT_FILE
 from dnazen.gue import kmer
 from dnazen.gue.protocol import LEARNING_RATE, PROTOCOLS, SEQUENCES_PER_STEP, choose_datasets
 from dnazen.gue.report import describe_data, write_report

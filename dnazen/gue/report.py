@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dnazen.finetune.data import Overlap, describe_overlap
-from dnazen.finetune.predict import PREDICTIONS_FILE
-from dnazen.finetune.run import REPORT_FILE
+from dnazen.finetune.data import PREDICTIONS_FILE, REPORT_FILE, Overlap, describe_overlap
 from dnazen.finetune.tasks import mcc
 from dnazen.gue.paper import AVERAGE_NGRAMS, DATASETS, mcc_of
 
