@@ -49,13 +49,15 @@ def _make_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    def add_file_command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
-        command = subparsers.add_parser(name, help=text, description=text)
+    def add_use(command: argparse.ArgumentParser) -> None:
+        """What the commands that read sequences with a model share."""
         command.add_argument("--model", required=True, metavar="NAME", help="folder, or name on the Hugging Face hub")
-        command.set_defaults(run=run)
-        return command
+        text = "FASTA, or CSV with a column `sequence`, plain or compressed"
+        command.add_argument("--input", required=True, metavar="FILE", help=text)
+        command.add_argument("--window", type=int, default=2040, help="bases read at once (%(default)s)")
+        command.add_argument("--stride", type=int, default=1020, help="bases from window to window (%(default)s)")
+        command.add_argument("--max-batch-tokens", type=int, default=8192, help="read together; same result (%(default)s)")
 
-    sequences = "FASTA, or CSV with a column `sequence`, plain or compressed"
     command = add_command("tokenizer", _tokenizer, "train a BPE tokenizer on FASTA files")
     command.add_argument("--fasta", nargs="+", required=True, metavar="FILE", help="FASTA, plain or compressed")
     command.add_argument("--vocab-size", type=int, default=MAX_VOCAB_SIZE, help="special tokens included (%(default)s)")
@@ -100,17 +102,20 @@ def _make_parser() -> argparse.ArgumentParser:
 
     command = add_command("export", _export, "write a trained model in the form of the published ones")
     command.add_argument("--model", required=True, metavar="DIR", help="`final/` or `checkpoint-N/` of a training run")
-    command = add_file_command("embed", _embed, "write the vectors of sequences, of their tokens or of their bases")
-    command.add_argument("--input", required=True, metavar="FILE", help=sequences)
+    text = "write the vectors of sequences, of their tokens or of their bases"
+    command = subparsers.add_parser("embed", help=text, description=text)
+    command.set_defaults(run=_embed)
+    add_use(command)
     command.add_argument("--output", required=True, metavar="FILE", help="ends in .npy, .parquet or .h5; must not exist")
     poolings = ("mean", "max", "cls", "token", "base")
     command.add_argument("--pooling", choices=poolings, default="mean", help="what has a vector (%(default)s)")
     command.add_argument("--layer", type=int, help="states after this many layers, 0 for the embeddings (the last)")
     command.add_argument("--both-strands", action="store_true", help="average with the reverse complement's vector")
-    command.add_argument("--window", type=int, default=2040, help="bases read at once (%(default)s)")
-    command.add_argument("--stride", type=int, default=1020, help="bases from window to window (%(default)s)")
     command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (%(default)s)")
-    command.add_argument("--max-batch-tokens", type=int, default=8192, help="read together; same result (%(default)s)")
+
+    command = add_command("explain", _explain, "write the G-grams of sequences and the attention that each gets")
+    add_use(command)
+    command.add_argument("--motif", help="IUPAC codes; mark the G-grams that cover it, and compare their attention")
 
     text = "say what runs on this machine, and check the operators on small input"
     subparsers.add_parser("doctor", help=text, description=text).set_defaults(run=_doctor)
@@ -167,6 +172,12 @@ def _embed(**parameters: Any) -> None:
     print(f"bases       {counts['bases']:,} of A, C, G, T in {counts['windows']:,} windows")
     print(f"left out    {counts['other_letters']:,} other letters")
     print(f"vectors     {counts['rows']:,} of {counts['dimensions']:,} numbers")
+
+
+def _explain(**parameters: Any) -> None:
+    from dnazen.inference.explain import explain, format_summary  # the models take seconds to import
+
+    print(format_summary(explain(**parameters)))
 
 
 def _doctor() -> int:
