@@ -117,6 +117,16 @@ def _make_parser() -> argparse.ArgumentParser:
     add_use(command)
     command.add_argument("--motif", help="IUPAC codes; mark the G-grams that cover it, and compare their attention")
 
+    text = "score the variants of a VCF file with a masked-language model, as INFO fields"
+    command = subparsers.add_parser("variants", help=text, description=text)
+    command.set_defaults(run=_variants)
+    command.add_argument("--model", required=True, metavar="NAME", help="folder, or name on the Hugging Face hub")
+    command.add_argument("--vcf", required=True, metavar="FILE", help="the variants, plain or compressed")
+    command.add_argument("--fasta", required=True, metavar="FILE", help="the reference, plain or compressed")
+    command.add_argument("--output", required=True, metavar="FILE", help="ends in .vcf or .vcf.gz; must not exist yet")
+    command.add_argument("--flank", type=int, default=256, help="bases on either side of an allele (%(default)s)")
+    command.add_argument("--max-batch-tokens", type=int, default=4096, help="read together; same result (%(default)s)")
+
     text = "say what runs on this machine, and check the operators on small input"
     subparsers.add_parser("doctor", help=text, description=text).set_defaults(run=_doctor)
     return parser
@@ -178,6 +188,15 @@ def _explain(**parameters: Any) -> None:
     from dnazen.inference.explain import explain, format_summary  # the models take seconds to import
 
     print(format_summary(explain(**parameters)))
+
+
+def _variants(**parameters: Any) -> None:
+    from dnazen.inference.variants import variants  # the models take seconds to import
+
+    counts = variants(**parameters)
+    print(f"records     {counts['records']:,} with {counts['alleles']:,} alternative alleles")
+    print(f"scored      {counts['scored']:,} alleles")
+    print(f"not scored  {counts['unspelled']:,} not in A, C, G, T; {counts['unchanged']:,} equal to REF; {counts['long']:,} too long")
 
 
 def _doctor() -> int:
