@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dnazen.data.fasta import read_fasta
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer
 from dnazen.train.prepare import PACKAGED_GENOME
 from tests.model.published import write_dnabert2
@@ -59,6 +60,13 @@ def folder(root, tmp_path):
     for name in ("dnazen", "ds_configs"):
         os.symlink(root / name, tmp_path / name)
     shutil.copy(PACKAGED_GENOME, tmp_path / "my_genome.fa.gz")
+    genome = next(read_fasta(PACKAGED_GENOME))
+    (tmp_path / "sequences.fa").write_text(f">one\n{genome.sequence[:3000]}\n>two\nACGTNNTTGACATATAAT\n")
+    (tmp_path / "tata_promoters.csv").write_text(f"sequence,label\n{genome.sequence[4000:4300]},1\n")
+    (tmp_path / "variants.vcf").write_text(
+        "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
+        f"{genome.name}\t1000\t.\t{genome.sequence[999]}\tA,C,G,T\t.\t.\t.\n"
+    )
     (tmp_path / "genomes.txt").write_text("my_genome.fa.gz\n")
     (tmp_path / "test.csv").write_text(f"sequence,label\n{'ACGT' * 20},0\n")
     (tmp_path / "hostfile").write_text("localhost slots=2\n")

@@ -57,8 +57,8 @@ def explain(
     The attention that a G-gram gets in a layer is the mean of its weights over heads and over the G-grams that attend to
     it. `ngrams.tsv` has a line for each occurrence; where windows overlap, for those that begin among a window's own
     bases. `layer_1.bedgraph`, ... and `mean.bedgraph` have for each base the sum over the G-grams that cover it.
-    `attention.png` shows the first three windows in which a G-gram covers the motif, or without a motif the first three
-    that have two G-grams.
+    `attention.png` shows, of the windows in which a G-gram covers the motif, or without a motif of all, the three with
+    most G-grams.
 
     Args:
         model: a folder or a name on the Hugging Face hub; it must have G-grams.
@@ -143,8 +143,8 @@ def explain(
             if is_covered and len(found) > 1 and not all(ngram.has_motif for ngram in found):
                 kinds = [[ngram.attention for ngram in found if ngram.has_motif is kind] for kind in (True, False)]
                 shares.append(len(found) * np.array([np.mean(kind, axis=0) for kind in kinds]))
-            if len(shown) < _PANELS and (is_covered if pattern else len(found) > 1):
-                shown.append((part, found))
+            if is_covered if pattern else len(found) > 1:
+                shown = sorted([*shown, (part, found)], key=lambda panel: -len(panel[1]))[:_PANELS]
         _plot(directory / PICTURE_FILE, shown, num_layers, motif)
     return Summary(counts, motif_windows, np.mean(shares, axis=0).T if shares else None)
 
@@ -205,15 +205,21 @@ def _plot(path: Path, shown: list[tuple[Window, list[FoundNgram]]], num_layers: 
     """The paper's Figure 3: for each window a row for each layer, a column for each G-gram, darker where it gets more."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image
 
     figure = Figure(figsize=(9, 0.5 + max(1, len(shown)) * (1.5 + 0.2 * num_layers)), layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     for panel, (window, found) in enumerate(shown):
         axes = figure.add_subplot(len(shown), 1, panel + 1)
         columns = found[:_COLUMNS]
         weights = np.stack([ngram.attention for ngram in columns], axis=1)
-        image = axes.imshow(weights, cmap="Blues", vmin=0, aspect="auto")
-        figure.colorbar(image, ax=axes, label="attention")
+        # an even share is in the middle of the scale
+        image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=max(2 / len(found), weights.max()), aspect="auto")
+        for (layer, column), weight in np.ndenumerate(weights):
+            is_dark = weight > 0.6 * image.norm.vmax
+            axes.text(
+                column, layer, f"{weight:.3f}", ha="center", va="center", fontsize=6, color="white" if is_dark else "black"
+            )
         cut = f"; the first {_COLUMNS} of {len(found)} G-grams" if len(found) > _COLUMNS else ""
         axes.set_title(f"record {window.record}, base {window.start + 1:,} on{cut}", fontsize=9)
         axes.set_yticks(range(num_layers), range(1, num_layers + 1), fontsize=8)
@@ -227,7 +233,10 @@ def _plot(path: Path, shown: list[tuple[Window, list[FoundNgram]]], num_layers: 
     if shown:
         title = "attention that each G-gram gets" + (f"; red: covers {motif}" if motif else "")
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=100, format="png")
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    # fewer colours make a smaller file; this choice of them keeps the rare ones
+    picture.quantize(224, Image.Quantize.MAXCOVERAGE).save(path, format="png", optimize=True)
 
 
 def format_summary(summary: Summary) -> str:

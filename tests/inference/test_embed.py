@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import json
 import subprocess
 import sys
 import tracemalloc
@@ -244,18 +245,27 @@ def test_outputs_are_never_overwritten(model_folder, fasta, tmp_path, capsys):
 
 
 FULL_DISK = """\
-import resource, signal, sys
+import json, resource, signal, sys
 from dnazen.cli.main import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-sys.exit(main(sys.argv[1:]))
+sys.exit([main(arguments) for arguments in json.loads(sys.argv[1])] != [1] * int(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("name", ["o.npy", "o.parquet", "o.h5"])
-def test_full_disk_leaves_nothing(model_folder, fasta, tmp_path, name):
-    more = arguments(model_folder, fasta, tmp_path / name, "--pooling", "base")
-    result = subprocess.run([sys.executable, "-c", FULL_DISK, *more], capture_output=True, text=True)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("dnazen: error: ")
+def check_full_disk(commands):
+    """Each of the commands must fail, with one line that says why, where no file may have more than 20 kB."""
+    words = [sys.executable, "-c", FULL_DISK, json.dumps(commands), str(len(commands))]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    errors = [text for text in result.stderr.splitlines() if text.startswith("dnazen: error: ")]
+    assert len(errors) == len(commands), errors
+    for error, command in zip(errors, commands):
+        assert command[-1] in error and ("File too large" in error or "closing BGZFile" in error), error
+
+
+def test_full_disk_leaves_nothing(model_folder, fasta, tmp_path):
+    names = ("o.npy", "o.parquet", "o.h5")
+    words = [*arguments(model_folder, fasta, "", "--pooling", "base"), "--output"]
+    check_full_disk([[*words, str(tmp_path / name)] for name in names])
     assert list(tmp_path.iterdir()) == []
