@@ -72,14 +72,7 @@ def atomic_directory(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: already exists; choose another directory or remove this one")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the host's name, because other machines may share the disk and have processes of the same number
-    host = socket.gethostname()
-    temporary = path.parent / f".{path.name}.{os.getpid()}@{host}.tmp"
-    leftovers = []
-    for leftover in sorted(path.parent.glob(".*.tmp")):
-        match = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)@{re.escape(host)}\.tmp", leftover.name)
-        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
-            leftovers.append(leftover)
+    temporary, leftovers = _temporary_beside(path)
     resumed = next(filter(is_resumable, leftovers), None)
     for leftover in leftovers:
         if leftover != resumed:
@@ -96,3 +89,40 @@ def atomic_directory(
         if not (isinstance(error, KeyboardInterrupt) and is_resumable(temporary)):
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; rename that file to `path` when the block ends without an error.
+
+    What killed processes of this machine left of earlier tries is removed, with a warning.
+
+    Raises:
+        InputError: `path` already exists; it is not touched.
+    """
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"{path}: already exists; choose another name or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, leftovers = _temporary_beside(path)
+    for leftover in leftovers:
+        logger.warning("removing %s: the process that wrote it was killed", leftover)
+        leftover.unlink()
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _temporary_beside(path: Path) -> tuple[Path, list[Path]]:
+    """This process's temporary name for `path`, and those that killed processes of this machine have left."""
+    # the host's name, because other machines may share the disk and have processes of the same number
+    host = socket.gethostname()
+    leftovers = []
+    for leftover in sorted(path.parent.glob(".*.tmp")):
+        match = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)@{re.escape(host)}\.tmp", leftover.name)
+        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+            leftovers.append(leftover)
+    return path.parent / f".{path.name}.{os.getpid()}@{host}.tmp", leftovers

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from dnazen.data.fasta import read_fasta
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer
 from dnazen.train.prepare import PACKAGED_GENOME
+from tests.finetune.conftest import motif_row, write_splits
 from tests.model.published import write_dnabert2
 from tests.train.launch import environment, free_port
 
 # a few steps are enough to see that a command runs; what a reader would wait for is measured elsewhere
 SHORT = ["--max_steps", "2", "--eval_steps", "2", "--disable_tqdm", "True", "--max_batch_tokens", "1024"]
+SHORT_FINETUNING = ["--max_steps", "2", "--disable_tqdm", "True"]
 SMALL_MODEL = (
     '{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, '
     '"num_hidden_ngram_layers": 1}'
@@ -33,10 +36,12 @@ def run(line: str, folder: Path) -> str:
         download(words, folder)
         return ""
     if words[0] == "deepspeed":
-        words = [*words, *SHORT]
+        words = [*words, *(SHORT_FINETUNING if "dnazen/finetune.py" in words else SHORT)]
         words[1:1] = ["--master_port", str(free_port())]
         if "--hostfile" in words:  # this machine may have no ssh server
             words[1:1] = ["--no_ssh_check", "--master_addr", "127.0.0.1"]
+    if words[:2] == ["dnazen", "gue"]:
+        words += ["--max-steps", "2", "--seeds", "1"]
     words = ["small.json" if word == "base" else word for word in words]
     result = subprocess.run(
         words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
@@ -59,8 +64,17 @@ def folder(root, tmp_path):
     for name in ("dnazen", "ds_configs"):
         os.symlink(root / name, tmp_path / name)
     shutil.copy(PACKAGED_GENOME, tmp_path / "my_genome.fa.gz")
+    genome = next(read_fasta(PACKAGED_GENOME))
+    (tmp_path / "sequences.fa").write_text(f">one\n{genome.sequence[:3000]}\n>two\nACGTNNTTGACATATAAT\n")
+    (tmp_path / "tata_promoters.csv").write_text(f"sequence,label\n{genome.sequence[4000:4300]},1\n")
+    (tmp_path / "variants.vcf").write_text(
+        "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
+        f"{genome.name}\t1000\t.\t{genome.sequence[999]}\tA,C,G,T\t.\t.\t.\n"
+    )
     (tmp_path / "genomes.txt").write_text("my_genome.fa.gz\n")
     (tmp_path / "test.csv").write_text(f"sequence,label\n{'ACGT' * 20},0\n")
+    for name in ("my_data", "GUE/prom/prom_core_tata", "GUE/mouse/2"):
+        write_splits(tmp_path / name, motif_row)
     (tmp_path / "hostfile").write_text("localhost slots=2\n")
     (tmp_path / "small.json").write_text(SMALL_MODEL)
     return tmp_path
@@ -80,7 +94,9 @@ def test_every_command_of_the_readme_runs(root, folder):
             assert (main_job in recipe) == (line == "make pretrain")
             continue
         output = run(line, folder)
-        if line.startswith("deepspeed"):
+        if "dnazen/finetune.py" in line:
+            assert "best on dev" in output
+        elif line.startswith("deepspeed"):
             assert "previous token" in output and "loss curve" in output
     for name in ("final/model.safetensors", "final/ngram.json", "loss_curve.png", "report.json", "run.json"):
         assert (folder / "my" / "model" / name).is_file()

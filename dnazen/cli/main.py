@@ -23,18 +23,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     `dnazen doctor` also returns 1 when something that it looks at is not in order.
     """
     args = vars(_make_parser().parse_args(argv))
-    run, output_dir = args.pop("run"), args.get("output_dir")
+    run, output = args.pop("run"), args.get("output_dir", args.get("output"))
     logging.basicConfig(format="dnazen: %(levelname)s: %(message)s", stream=sys.stderr)
     start = time.perf_counter()
     try:
         status = run(**args) or 0
     except (InputError, OSError) as error:
         # A full disk names no file.
-        place = f"{output_dir}: " if isinstance(error, OSError) and error.filename is None else ""
+        place = f"{output}: " if isinstance(error, OSError) and error.filename is None else ""
         print(f"dnazen: error: {place}{error}", file=sys.stderr)
         return 1
-    if output_dir is not None:
-        print(f"written to  {output_dir} in {time.perf_counter() - start:.1f} s")
+    if output is not None:
+        print(f"written to  {output} in {time.perf_counter() - start:.1f} s")
     return status
 
 
@@ -48,6 +48,15 @@ def _make_parser() -> argparse.ArgumentParser:
         command.add_argument("--output-dir", required=True, metavar="DIR", help="where to write it; must not exist yet")
         command.set_defaults(run=run)
         return command
+
+    def add_use(command: argparse.ArgumentParser) -> None:
+        """What the commands that read sequences with a model share."""
+        command.add_argument("--model", required=True, metavar="NAME", help="folder, or name on the Hugging Face hub")
+        text = "FASTA, or CSV with a column `sequence`, plain or compressed"
+        command.add_argument("--input", required=True, metavar="FILE", help=text)
+        command.add_argument("--window", type=int, default=2040, help="bases read at once (%(default)s)")
+        command.add_argument("--stride", type=int, default=1020, help="bases from window to window (%(default)s)")
+        command.add_argument("--max-batch-tokens", type=int, default=8192, help="read together; same result (%(default)s)")
 
     command = add_command("tokenizer", _tokenizer, "train a BPE tokenizer on FASTA files")
     command.add_argument("--fasta", nargs="+", required=True, metavar="FILE", help="FASTA, plain or compressed")
@@ -93,6 +102,31 @@ def _make_parser() -> argparse.ArgumentParser:
 
     command = add_command("export", _export, "write a trained model in the form of the published ones")
     command.add_argument("--model", required=True, metavar="DIR", help="`final/` or `checkpoint-N/` of a training run")
+
+    text = "write the vectors of sequences, of their tokens or of their bases"
+    command = subparsers.add_parser("embed", help=text, description=text)
+    command.set_defaults(run=_embed)
+    add_use(command)
+    command.add_argument("--output", required=True, metavar="FILE", help="ends in .npy, .parquet or .h5; must not exist")
+    poolings = ("mean", "max", "cls", "token", "base")
+    command.add_argument("--pooling", choices=poolings, default="mean", help="what has a vector (%(default)s)")
+    command.add_argument("--layer", type=int, help="states after this many layers, 0 for the embeddings (the last)")
+    command.add_argument("--both-strands", action="store_true", help="average with the reverse complement's vector")
+    command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (%(default)s)")
+
+    command = add_command("explain", _explain, "write the G-grams of sequences and the attention that each gets")
+    add_use(command)
+    command.add_argument("--motif", help="IUPAC codes; mark the G-grams that cover it, and compare their attention")
+
+    text = "score the variants of a VCF file with a masked-language model, as INFO fields"
+    command = subparsers.add_parser("variants", help=text, description=text)
+    command.set_defaults(run=_variants)
+    command.add_argument("--model", required=True, metavar="NAME", help="folder, or name on the Hugging Face hub")
+    command.add_argument("--vcf", required=True, metavar="FILE", help="the variants, plain or compressed")
+    command.add_argument("--fasta", required=True, metavar="FILE", help="the reference, plain or compressed")
+    command.add_argument("--output", required=True, metavar="FILE", help="ends in .vcf or .vcf.gz; must not exist yet")
+    command.add_argument("--flank", type=int, default=256, help="bases on either side of an allele (%(default)s)")
+    command.add_argument("--max-batch-tokens", type=int, default=4096, help="read together; same result (%(default)s)")
 
     command = add_command("predict", _predict, "apply a fine-tuned model to a CSV file")
     command.add_argument("--model", required=True, metavar="DIR", help="`final/` of a fine-tuning run")
@@ -161,6 +195,31 @@ def _export(model: str, output_dir: str) -> None:
     from dnazen.train.export import export_model  # the models take seconds to import
 
     print(f"parameters  {export_model(model, output_dir):,}, in fp32, under their published names")
+
+
+def _embed(**parameters: Any) -> None:
+    from dnazen.inference.embed import embed  # the models take seconds to import
+
+    counts = embed(**parameters)
+    print(f"records     {counts['records']:,}, {counts['empty_records']:,} of them without A, C, G, T")
+    print(f"bases       {counts['bases']:,} of A, C, G, T in {counts['windows']:,} windows")
+    print(f"left out    {counts['other_letters']:,} other letters")
+    print(f"vectors     {counts['rows']:,} of {counts['dimensions']:,} numbers")
+
+
+def _explain(**parameters: Any) -> None:
+    from dnazen.inference.explain import explain, format_summary  # the models take seconds to import
+
+    print(format_summary(explain(**parameters)))
+
+
+def _variants(**parameters: Any) -> None:
+    from dnazen.inference.variants import variants  # the models take seconds to import
+
+    counts = variants(**parameters)
+    print(f"records     {counts['records']:,} with {counts['alleles']:,} alternative alleles")
+    print(f"scored      {counts['scored']:,} alleles")
+    print(f"not scored  {counts['unspelled']:,} not in A, C, G, T; {counts['unchanged']:,} equal to REF; {counts['long']:,} too long")
 
 
 def _predict(output_dir: str, **parameters: Any) -> None:

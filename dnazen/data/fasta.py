@@ -83,22 +83,13 @@ class FastaReader:
             elif data:
                 if name is None:
                     raise InputError(f"{self.path}: {_explain_start(data)}")
-                yield FastaBlock(name, length, self._check(name, length, data))
+                place = f"{self.path}: cannot be read as FASTA: record {name!r}"
+                yield FastaBlock(name, length, normalize_letters(data, place, length))
                 length += len(data)
         if name is None:
             raise InputError(f"{self.path}: no records; expected FASTA, lines of sequence under a '>name' line")
         if not length:
             raise InputError(f"{self.path}: record {name!r} has no sequence")
-
-    def _check(self, name: str, start: int, letters: bytes) -> bytes:
-        sequence = letters.translate(_UPPER)
-        if foreign := sequence.translate(None, _CODES):
-            index = sequence.index(foreign[0])
-            raise InputError(
-                f"{self.path}: cannot be read as FASTA: record {name!r} has {chr(letters[index])!r} at position "
-                f"{start + index + 1}; expected nucleotides ({_CODES.decode()} or U, in either case). Is it protein?"
-            )
-        return sequence
 
     def _split(self) -> Iterator[tuple[bool, bytes]]:
         """Yield (True, header without its '>') and (False, letters without white space at the ends of lines)."""
@@ -164,6 +155,22 @@ def describe_sources(paths: Sequence[str | PathLike]) -> list[dict[str, Any]]:
             raise InputError(f"{path}: given twice (or a copy), so that held-out sequences would be trained on")
         sources[checksum] = {"path": path.name, "sha256": checksum, "bytes": path.stat().st_size}
     return list(sources.values())
+
+
+def normalize_letters(letters: bytes, place: str, start: int = 0) -> bytes:
+    """Upper-case nucleotide codes, U as T; `place` names the sequence in errors, `start` is the first letter's position.
+
+    Raises:
+        InputError: a letter is no nucleotide code.
+    """
+    sequence = letters.translate(_UPPER)
+    if foreign := sequence.translate(None, _CODES):
+        index = sequence.index(foreign[0])
+        raise InputError(
+            f"{place} has {chr(letters[index])!r} at position {start + index + 1}; expected nucleotides "
+            f"({_CODES.decode()} or U, in either case). Is it protein?"
+        )
+    return sequence
 
 
 def find_clean_runs(sequence: str) -> list[tuple[int, int]]:

@@ -1,6 +1,5 @@
 """Which sequences of a benchmark's CSV files occur in a corpus, on either strand."""
 
-import csv
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
-from xopen import xopen
 
 from dnazen.data.fasta import reverse_complement
+from dnazen.data.sequences import read_csv_sequences
 from dnazen.data.workers import map_in_order
 from dnazen.files import InputError, sha256_file
 
@@ -42,30 +41,9 @@ class _Block(NamedTuple):
 
 
 def load_targets(path: str | PathLike) -> Targets:
-    """Read the column `sequence` of a CSV file, plain or compressed.
-
-    Raises:
-        InputError: the file is absent, unreadable, has no column `sequence`, or a row has nothing in it.
-    """
+    """Read the column `sequence` of a CSV file; see `read_csv_sequences`."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a CSV with a column 'sequence'")
-    sequences = []
-    try:
-        with xopen(path, "r", threads=0, newline="") as file:
-            reader = csv.DictReader(file)
-            if "sequence" not in (reader.fieldnames or ()):
-                raise InputError(f"{path}: expected a column 'sequence', found {reader.fieldnames}")
-            for row in reader:
-                if not row["sequence"]:
-                    raise InputError(f"{path}: line {reader.line_num} has no sequence")
-                sequences.append(row["sequence"].strip().upper().replace("U", "T"))
-    except InputError:
-        raise
-    except Exception as error:  # each decompressor has errors of its own
-        raise InputError(f"{path}: cannot be read as CSV: {error}") from error
-    if not sequences:
-        raise InputError(f"{path}: expected a sequence in each row, found no rows")
+    sequences = [sequence for _, sequence in read_csv_sequences(path)]
     clean = [sequence for sequence in sequences if not sequence.strip("ACGT")]
     long = [sequence for sequence in clean if len(sequence) >= ANCHOR_BASES]
     return Targets(path, sha256_file(path), long, len(clean) - len(long), len(sequences) - len(clean))

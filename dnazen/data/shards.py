@@ -564,7 +564,7 @@ class _Shard:
         self.paths = {part: directory / f"{self.name}.{part}.npy" for part in _DTYPES}
         self.files = {}
         for part, items in self._items().items():
-            header = _npy_header(_DTYPES[part], items)
+            header = npy_header(_DTYPES[part], (items,))
             if sequences:
                 self.files[part] = _open_at(self.paths[part], len(header) + items * _DTYPES[part].itemsize)
             else:
@@ -587,7 +587,7 @@ class _Shard:
         """Write the final headers; return what the manifest says of the shard."""
         for part, items in self._items().items():
             self.files[part].seek(0)
-            _write_all(self.files[part], _npy_header(_DTYPES[part], items))
+            _write_all(self.files[part], npy_header(_DTYPES[part], (items,)))
         self.sync()
         for file in self.files.values():
             file.close()
@@ -600,10 +600,10 @@ class _Shard:
         return {"tokens": self.counts["tokens"], "offsets": sequences + 1, "pieces": sequences}
 
 
-def _npy_header(dtype: np.dtype, items: int) -> bytes:
-    """The head of a .npy file; numpy pads it to one length, whatever the number of items."""
+def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """The head of a .npy file; numpy pads it to one length, whatever the size of the first axis."""
     header = io.BytesIO()
-    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (items,)}
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, description)
     return header.getvalue()
 

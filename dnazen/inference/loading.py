@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from dnazen.data.collator import PackedCollator
+from dnazen.data.tokenizer import spell_tokens
 from dnazen.files import InputError
 from dnazen.models.modeling_dnazen import DNAZenPreTrainedModel
 from dnazen.ngram.vocab import NgramVocabulary
@@ -19,16 +20,17 @@ class InferenceModel(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
     vocabulary: NgramVocabulary  # empty for a model without G-grams
     collator: PackedCollator  # without masking
+    spelling: list[str]  # the bases of each token id
 
     def tokenize(self, sequences: list[str]) -> list[list[int]]:
         """Token ids of each sequence of A, C, G and T, without special tokens.
 
         Raises:
-            InputError: the tokenizer has no token for one of the letters.
+            InputError: the tokens do not spell a sequence.
         """
         encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(sequences, add_special_tokens=False)
         for sequence, encoding in zip(sequences, encodings):
-            if self.tokenizer.unk_token_id in encoding.ids:
+            if "".join(map(self.spelling.__getitem__, encoding.ids)) != sequence:
                 raise InputError(f"the tokenizer does not spell every run of A, C, G, T: {sequence[:50]}")
         return [encoding.ids for encoding in encodings]
 
@@ -61,4 +63,4 @@ def load_for_inference(
         options["ngram_vocab_size"] = vocabulary.vocab_size
     model = model_class.from_pretrained(folder, dtype=dtype, **options)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return InferenceModel(model, tokenizer, vocabulary, PackedCollator(tokenizer, vocabulary))
+    return InferenceModel(model, tokenizer, vocabulary, PackedCollator(tokenizer, vocabulary), spell_tokens(tokenizer))

@@ -98,9 +98,11 @@ class NgramLayer(nn.Module):
         self.intermediate = nn.Sequential(OrderedDict(dense=dense, activation=nn.GELU()))
         self.output = ResidualOutput(config, config.intermediate_size)
 
-    def forward(self, hidden_states: Tensor, attention: Attention, add_norm: AddNorm) -> Tensor:
-        hidden_states, _ = self.attention(hidden_states, attention, add_norm)
-        return self.output(self.intermediate(hidden_states), hidden_states, add_norm)
+    def forward(
+        self, hidden_states: Tensor, attention: Attention, add_norm: AddNorm
+    ) -> tuple[Tensor, Tensor | None]:
+        hidden_states, weights = self.attention(hidden_states, attention, add_norm)
+        return self.output(self.intermediate(hidden_states), hidden_states, add_norm), weights
 
 
 class FusedEncoder(nn.Module):
@@ -125,26 +127,29 @@ class FusedEncoder(nn.Module):
         ngram_attention: Attention,
         add_norm: AddNorm,
         keep_all: bool,
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
         """Run both stacks.
 
         Returns:
             E4BU's states after the embeddings and every layer (the last alone unless `keep_all`), and the attention
-            weights of every layer (None where the implementation has none).
+            weights of every layer of E4BU and of the G-gram encoder (None where the implementation has none).
         """
         def run(layer: nn.Module, *args):
             is_checkpointing = self.gradient_checkpointing and self.training
             return self._gradient_checkpointing_func(layer, *args) if is_checkpointing else layer(*args)
 
-        all_hidden_states, all_weights = [hidden_states] if keep_all else [], []
+        all_hidden_states, all_weights, all_ngram_weights = [hidden_states] if keep_all else [], [], []
         for index, layer in enumerate(self.layer):
             # The G-gram layers run even on a batch with no G-gram: under ZeRO-3 all ranks must call the same modules.
             if is_fused := index < len(self.ngram_layers):
-                ngram_hidden_states = run(self.ngram_layers[index], ngram_hidden_states, ngram_attention, add_norm)
+                ngram_hidden_states, ngram_weights = run(
+                    self.ngram_layers[index], ngram_hidden_states, ngram_attention, add_norm
+                )
+                all_ngram_weights.append(ngram_weights)
             hidden_states, weights = run(
                 layer, hidden_states, attention, add_norm, ngram_hidden_states if is_fused else None
             )
             if keep_all or index == len(self.layer) - 1:
                 all_hidden_states.append(hidden_states)
             all_weights.append(weights)
-        return all_hidden_states, all_weights
+        return all_hidden_states, all_weights, all_ngram_weights

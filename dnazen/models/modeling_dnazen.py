@@ -9,6 +9,7 @@ The models take either form of input:
 """
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -157,6 +158,13 @@ class DNAZenPreTrainedModel(StrictLoading, PreTrainedModel):
             raise InputError(str(error)) from error
 
 
+@dataclass
+class DNAZenOutput(BaseModelOutputWithPooling):
+    """Hugging Face's, and the attention weights of the G-gram encoder."""
+
+    ngram_attentions: tuple[Tensor, ...] | None = None
+
+
 class DNAZenModel(DNAZenPreTrainedModel):
     """Both encoders, without a head; with a pooler if asked for (classification has one, masked LM has none)."""
 
@@ -179,13 +187,14 @@ class DNAZenModel(DNAZenPreTrainedModel):
         attention_mask: Tensor | None = None, ngram_attention_mask: Tensor | None = None,
         ngram_position_matrix: Tensor | None = None, output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> BaseModelOutputWithPooling:  # fmt: skip
+    ) -> DNAZenOutput:  # fmt: skip
         """Run both encoders on packed or padded input (see the module's docstring).
 
         Returns:
             `last_hidden_state` and each of `hidden_states`: `[T, H]`, or `[B, S, H]` for padded input;
             `pooler_output [B, H]` if there is a pooler; `attentions` (E4BU's, eager attention only):
-            `[B, heads, max_seqlen, max_seqlen]` per layer, each sequence from its first token on.
+            `[B, heads, max_seqlen, max_seqlen]` per layer, each sequence from its first token on; `ngram_attentions`,
+            likewise `[B, heads, max_ngrams, max_ngrams]` per layer of the G-gram encoder.
 
         Raises:
             ValueError: the input contradicts itself (`prepare_batch`), or attention weights are asked for of an
@@ -210,18 +219,20 @@ class DNAZenModel(DNAZenPreTrainedModel):
                 f"found {implementation!r}"
             )
         if is_reference:
-            all_hidden_states, attentions = self._encode_padded(batch, output_hidden_states)
+            all_hidden_states, *attentions = self._encode_padded(batch, output_hidden_states)
         else:
-            all_hidden_states, attentions = self._encode_packed(batch, implementation, output_hidden_states)
+            all_hidden_states, *attentions = self._encode_packed(batch, implementation, output_hidden_states)
         first_tokens = all_hidden_states[-1].index_select(0, batch.cu_seqlens[:-1])
         pooler_output = None if self.pooler is None else self.pooler(first_tokens)
         if layout is not None:
             all_hidden_states = [layout.pad(states) for states in all_hidden_states]
-        return BaseModelOutputWithPooling(
+        attentions, ngram_attentions = map(tuple, attentions) if output_attentions else (None, None)
+        return DNAZenOutput(
             last_hidden_state=all_hidden_states[-1],
             pooler_output=pooler_output,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            attentions=attentions,
+            ngram_attentions=ngram_attentions,
         )
 
     def _attention_of_this_pass(self, device: torch.device) -> str:
@@ -231,7 +242,7 @@ class DNAZenModel(DNAZenPreTrainedModel):
 
     def _encode_packed(
         self, batch: PackedBatch, attention: str, keep_all: bool
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
         slopes = alibi_slopes(self.config.num_attention_heads, batch.input_ids.device)
         return self.encoder(
             self.embeddings(batch.input_ids),
@@ -242,12 +253,14 @@ class DNAZenModel(DNAZenPreTrainedModel):
             keep_all,
         )
 
-    def _encode_padded(self, batch: PackedBatch, keep_all: bool) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _encode_padded(
+        self, batch: PackedBatch, keep_all: bool
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
         """The reference: padded states, dense bias, explicit attention, einsum over a dense matching matrix."""
         tokens = PaddedLayout.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids))
         ngrams = PaddedLayout.from_cu_seqlens(batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids))
         slopes = alibi_slopes(self.config.num_attention_heads, batch.input_ids.device)
-        all_hidden_states, attentions = self.encoder(
+        all_hidden_states, attentions, ngram_attentions = self.encoder(
             self.embeddings(tokens.pad(batch.input_ids)),
             self.ngram_embeddings(ngrams.pad(batch.ngram_input_ids)),
             padded_attention(batch.cu_seqlens, batch.max_seqlen, slopes),
@@ -255,7 +268,7 @@ class DNAZenModel(DNAZenPreTrainedModel):
             padded_add_norm(dense_matching_matrix(batch, tokens, ngrams)),
             keep_all,
         )
-        return [tokens.unpad(states) for states in all_hidden_states], attentions
+        return [tokens.unpad(states) for states in all_hidden_states], attentions, ngram_attentions
 
 
 class DNAZenWithHead(DNAZenPreTrainedModel):
