@@ -11,7 +11,7 @@ import numpy as np
 
 from dnazen.finetune.data import PREDICTIONS_FILE, REPORT_FILE, Overlap, describe_overlap
 from dnazen.finetune.tasks import mcc
-from dnazen.gue.paper import AVERAGE_NGRAMS, DATASETS, mcc_of
+from dnazen.gue.paper import AVERAGE_NGRAMS, DATASETS, TABLES, mcc_of
 
 # the paper's models that stand beside ours, and the table each is from
 BESIDE = (
@@ -102,6 +102,13 @@ def format_report(
             found = sum(row["ngrams"] for row in here) / max(1, sum(row["sequences"] for row in here))
             averages.append(f"{dataset} {found:.1f} ({AVERAGE_NGRAMS[DATASETS.index(dataset)]})")
         lines += ["G-grams in a test sequence on average, and in the paper: " + ", ".join(averages) + ".", ""]
+    if datasets:
+        rows = [
+            [table, model, *(f"{mcc_of(table, model, dataset):.2f}" for dataset in datasets)]
+            for table, rows_of_table in TABLES.items()
+            for model in rows_of_table
+        ]
+        lines += ["## All of the paper's figures on these data sets", "", *_table(["table", "model", *datasets], rows), ""]
     lines += ["## The data", ""]
     lines += [f"- {line}" for line in describe_data(overlaps, absent)]
     lines += ["", "## Failed jobs", "", *(f"- {name}: {reason}" for name, reason in failed.items())] if failed else []
