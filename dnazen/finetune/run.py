@@ -60,7 +60,7 @@ def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> N
 
     Raises:
         InputError: model, data and arguments cannot be used together, or `args.output_dir` has a result already.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss on dev is no longer finite.
     """
     main_process, output_dir = args.process_index == 0, Path(args.output_dir)
     if not main_process:

@@ -1,5 +1,6 @@
 """Hugging Face's Trainer for fine-tuning: our batches and loss, and the best model on dev kept."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,20 @@ class FinetuningTrainer(Trainer):
         return self.task.loss(model(**inputs).logits, labels, self.class_weights)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """Loss and metrics on dev; every process runs all of it, and the first one's figures count."""
+        """Loss and metrics on dev; every process runs all of it, and the first one's figures count.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
         model = self.model_wrapped
         model.eval()
         logits = predict_logits(model, self.encoder, self.task, self.eval_dataset)
         stacked = np.concatenate(logits) if logits[0].ndim == 2 else np.stack(logits)
-        metrics = self.task.metrics(stacked, self.dev_labels.numpy())
-        metrics["loss"] = float(self.task.loss(torch.from_numpy(stacked), self.dev_labels))
+        loss = float(self.task.loss(torch.from_numpy(stacked), self.dev_labels))
+        if not math.isfinite(loss):
+            step = self.state.global_step
+            raise FloatingPointError(f"step {step}: the loss on dev is {loss}; try a lower --learning_rate")
+        metrics = {**self.task.metrics(stacked, self.dev_labels.numpy()), "loss": loss}
         (metrics,) = broadcast_object_list([{f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}])
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

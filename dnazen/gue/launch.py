@@ -1,6 +1,7 @@
 """GUE as a set of jobs, each a (model, data set, seed) in a process of its own, spread over the devices."""
 
 import ctypes
+import hashlib
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ from typing import IO, Any, NamedTuple
 import torch
 
 import dnazen
-from dnazen.files import InputError, read_json, write_json
+from dnazen.files import InputError, read_json, sha256_file, write_json
 from dnazen.finetune.data import REPORT_FILE, Overlap, count_overlaps, find_splits, read_table
 from dnazen.finetune.model import checksum_weights, list_weights
 from dnazen.gue import kmer
@@ -53,6 +54,7 @@ class Job(NamedTuple):
     seed: int
     output_dir: Path
     arguments: list[str]  # of its command
+    data_sha256: str
     cost: int  # tokens that it trains on, at most
 
     @property
@@ -65,7 +67,7 @@ class Job(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """What a finished job must agree on to be taken for this one."""
-        return {"arguments": self.arguments, "model_sha256": self.model.checksum}
+        return {"arguments": self.arguments, "model_sha256": self.model.checksum, "data_sha256": self.data_sha256}
 
 
 class Running(NamedTuple):
@@ -174,12 +176,13 @@ def make_job(
     model: Model, dataset: str, folder: Path, seed: int, output_dir: Path, num_rows: int, learning_rate: float,
     epochs: float | None, max_steps: int | None,
 ) -> Job:  # fmt: skip
-    """The command of a job; evaluation and warm-up come no later than each tenth of its steps."""
+    """A job's command; it is evaluated, and warmed up, at least once in a tenth of its steps."""
+    data_sha256 = hashlib.sha256("".join(map(sha256_file, find_splits(folder).values())).encode()).hexdigest()
     label = model.label.replace(", ", "-").replace(" ", "-")
     job_dir = output_dir / "jobs" / label / dataset.replace("/", "-") / f"seed-{seed}"
     arguments = ["--data", str(folder.resolve())]
     if model.folder is None:
-        return Job(model, dataset, seed, job_dir, ["-m", kmer.__name__, *arguments], 0)
+        return Job(model, dataset, seed, job_dir, ["-m", kmer.__name__, *arguments], data_sha256, 0)
     protocol = PROTOCOLS[dataset]
     epochs, steps = (epochs, -1) if epochs else (protocol.epochs, protocol.max_steps)
     steps = max_steps or steps
@@ -193,7 +196,7 @@ def make_job(
         "--eval_steps", str(min(protocol.eval_steps, tenth)), "--use_ngrams", str(model.use_ngrams),
         "--disable_tqdm", "True",
     ]  # fmt: skip
-    return Job(model, dataset, seed, job_dir, arguments, total * protocol.max_length)
+    return Job(model, dataset, seed, job_dir, arguments, data_sha256, total * protocol.max_length)
 
 
 def is_finished(job: Job) -> bool:
@@ -206,11 +209,12 @@ def is_finished(job: Job) -> bool:
         if job.output_dir.exists():
             shutil.rmtree(job.output_dir)
         return False
-    recorded = read_json(job.output_dir / JOB_FILE, "the settings of a job")
-    if recorded != job.record():
+    recorded, expected = read_json(job.output_dir / JOB_FILE, "the settings of a job"), job.record()
+    if recorded != expected:
+        changed = [name for name in expected if recorded.get(name) != expected[name]]
+        found = "; ".join(f"{name} {recorded.get(name)}, now {expected[name]}" for name in changed)
         raise InputError(
-            f"{job.output_dir}: finished with other settings ({' '.join(recorded.get('arguments', []))}), expected "
-            f"{' '.join(job.arguments)}; remove it, or choose another --output-dir"
+            f"{job.output_dir}: finished with other settings: {found}; remove it, or choose another --output-dir"
         )
     return True
 

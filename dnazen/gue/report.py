@@ -108,7 +108,7 @@ def format_report(
             for table, rows_of_table in TABLES.items()
             for model in rows_of_table
         ]
-        lines += ["## All of the paper's figures on these data sets", "", *_table(["table", "model", *datasets], rows), ""]
+        lines += ["## The paper's figures on these data sets", "", *_table(["table", "model", *datasets], rows), ""]
     lines += ["## The data", ""]
     lines += [f"- {line}" for line in describe_data(overlaps, absent)]
     lines += ["", "## Failed jobs", "", *(f"- {name}: {reason}" for name, reason in failed.items())] if failed else []

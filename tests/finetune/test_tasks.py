@@ -37,7 +37,8 @@ def test_per_base_is_a_loop_over_bases(rng):
 
 
 def test_classification(rng):
-    task, logits, labels = Task("classification", 2), rng.normal(size=(50, 2)).astype(np.float32), rng.integers(0, 2, 50)
+    task, labels = Task("classification", 2), rng.integers(0, 2, 50)
+    logits = rng.normal(size=(50, 2)).astype(np.float32)
     found = task.metrics(logits, labels)
     assert found["mcc"] == pytest.approx(np.corrcoef(labels, logits.argmax(-1))[0, 1])
     assert found["auroc"] == pytest.approx(roc_auc_score(labels, logits[:, 1] - logits[:, 0]))

@@ -107,7 +107,8 @@ def test_labels_of_models(model_folder, tmp_path):  # noqa: F811
     assert [m.label for m in list_models([*names, "kmer-lr"], True)] == [
         "a", "a, no G-grams", "b", "b, no G-grams", "kmer-lr"
     ]  # fmt: skip
-    assert [m.label for m in list_models([str(tmp_path / "c" / "x"), str(tmp_path / "d" / "x")], False)] == ["c-x", "d-x"]
+    same = [str(tmp_path / "c" / "x"), str(tmp_path / "d" / "x")]
+    assert [m.label for m in list_models(same, False)] == ["c-x", "d-x"]
     with pytest.raises(InputError, match="expected different models"):
         list_models([names[0], f"{names[0]}/."], False)
 
