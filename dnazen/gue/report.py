@@ -78,8 +78,8 @@ def format_report(
         paper = [np.mean([mcc_of(table, model, dataset) for dataset in datasets]) for table, model in BESIDE]
         rows.append(["mean", *(f"{100 * value:.2f}" for value in means), *(f"{value:.2f}" for value in paper)])
     lines += _table(["data set", *models, *(f"{model} ({table})" for table, model in BESIDE)], rows)
-    lines += ["", "Bold: the best of the models run here; ± is the standard deviation over seeds. Columns with a table's "
-              "number are the paper's (arXiv 2505.02206); † was pretrained further on GUE.", ""]  # fmt: skip
+    lines += ["", "Bold: the best of the models run here; ± is the standard deviation over seeds. Columns with a "
+              "table's number are the paper's (arXiv 2505.02206); † was pretrained further on GUE.", ""]  # fmt: skip
     if len(models) > 1 and datasets:
         lines += ["## Wins and losses of the first model", ""]
         lines += [_compare(models[0], other, datasets, cells) for other in models[1:]] + [""]
