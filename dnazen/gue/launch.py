@@ -156,7 +156,9 @@ def list_models(names: list[str], no_ngrams: bool) -> list[Model]:
     folders = {name: None if name == kmer.NAME else fetch_model(name).resolve() for name in names}
     if len(set(folders.values())) < len(names):
         raise InputError(f"--model: expected different models, found {', '.join(names)}")
-    parts = {name: [part for part in folder.parts if part != "final"] for name, folder in folders.items() if folder}
+    # the hub's models lie in folders that are named after commits
+    named = {name: folder if Path(name).is_dir() else Path(name) for name, folder in folders.items() if folder}
+    parts = {name: [part for part in path.parts if part != "final"] for name, path in named.items()}
     depth = 1
     while len({tuple(path[-depth:]) for path in parts.values()}) < len(parts):
         depth += 1
