@@ -56,7 +56,7 @@ def _make_parser() -> argparse.ArgumentParser:
         command.add_argument("--input", required=True, metavar="FILE", help=text)
         command.add_argument("--window", type=int, default=2040, help="bases read at once (%(default)s)")
         command.add_argument("--stride", type=int, default=1020, help="bases from window to window (%(default)s)")
-        command.add_argument("--max-batch-tokens", type=int, default=8192, help="read together; same result (%(default)s)")
+        command.add_argument("--max-batch-tokens", type=int, default=8192, help="of a batch; same result (%(default)s)")
 
     command = add_command("tokenizer", _tokenizer, "train a BPE tokenizer on FASTA files")
     command.add_argument("--fasta", nargs="+", required=True, metavar="FILE", help="FASTA, plain or compressed")
@@ -106,7 +106,7 @@ def _make_parser() -> argparse.ArgumentParser:
     command = subparsers.add_parser("embed", help=text, description=text)
     command.set_defaults(run=_embed)
     add_use(command)
-    command.add_argument("--output", required=True, metavar="FILE", help="ends in .npy, .parquet or .h5; must not exist")
+    command.add_argument("--output", required=True, metavar="FILE", help=".npy, .parquet or .h5; must not exist yet")
     poolings = ("mean", "max", "cls", "token", "base")
     command.add_argument("--pooling", choices=poolings, default="mean", help="what has a vector (%(default)s)")
     command.add_argument("--layer", type=int, help="states after this many layers, 0 for the embeddings (the last)")
@@ -123,9 +123,9 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--model", required=True, metavar="NAME", help="folder, or name on the Hugging Face hub")
     command.add_argument("--vcf", required=True, metavar="FILE", help="the variants, plain or compressed")
     command.add_argument("--fasta", required=True, metavar="FILE", help="the reference, plain or compressed")
-    command.add_argument("--output", required=True, metavar="FILE", help="ends in .vcf or .vcf.gz; must not exist yet")
+    command.add_argument("--output", required=True, metavar="FILE", help=".vcf or .vcf.gz; must not exist yet")
     command.add_argument("--flank", type=int, default=256, help="bases on either side of an allele (%(default)s)")
-    command.add_argument("--max-batch-tokens", type=int, default=4096, help="read together; same result (%(default)s)")
+    command.add_argument("--max-batch-tokens", type=int, default=4096, help="of a batch; same result (%(default)s)")
 
     text = "say what runs on this machine, and check the operators on small input"
     subparsers.add_parser("doctor", help=text, description=text).set_defaults(run=_doctor)
@@ -196,7 +196,8 @@ def _variants(**parameters: Any) -> None:
     counts = variants(**parameters)
     print(f"records     {counts['records']:,} with {counts['alleles']:,} alternative alleles")
     print(f"scored      {counts['scored']:,} alleles")
-    print(f"not scored  {counts['unspelled']:,} not in A, C, G, T; {counts['unchanged']:,} equal to REF; {counts['long']:,} too long")
+    reasons = {"unspelled": "not in A, C, G, T", "unchanged": "equal to REF", "long": "too long"}
+    print(f"not scored  {'; '.join(f'{counts[name]:,} {reason}' for name, reason in reasons.items())}")
 
 
 def _doctor() -> int:
