@@ -66,7 +66,7 @@ def variants(
 
     Args:
         model: a folder or a name on the Hugging Face hub, with a masked-language head.
-        vcf: VCF, plain or compressed, or BCF; read twice, and all of it is checked first.
+        vcf: VCF, plain or compressed; read twice, and all of it is checked first.
         fasta: the reference, plain or compressed. A plain copy lies beside `output` while this runs, without a name.
         output: .vcf, or .vcf.gz for BGZF.
         flank: in bases.
