@@ -119,6 +119,11 @@ class PretrainingArguments(TrainingArguments):
     save_total_limit: int | None = 3
     # a loss that is not finite must stop the run, not be averaged away
     logging_nan_inf_filter: bool = False
+    # a GPU must not wait while the next batch is read
+    dataloader_num_workers: int = field(
+        default_factory=lambda: 2 if torch.cuda.is_available() else 0,
+        metadata={"help": "processes that read ahead; default: 2 with a GPU, else 0"},
+    )
 
     def __post_init__(self):
         for name, reason in REFUSED.items():
