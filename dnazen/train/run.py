@@ -249,6 +249,13 @@ def describe(
         f"{len(corpus.validation):,} held out; {len(vocabulary.ngrams):,} G-grams",
         f"masking: {'whole G-grams' if masking.whole_ngram else 'single tokens'}, "
         f"{100 * masking.mlm_probability:.1f} % of tokens drawn",
+        *(
+            ["a batch is matched and masked on the device, with room for {:,} G-grams, {:,} edges, {:,} masked tokens".format(
+                *trainer.capacity
+            )]
+            if trainer.capacity
+            else []
+        ),
         f"steps: {args.max_steps:,}, each {trainer.micro_batches_per_step} micro-batch(es) of up to "
         f"{data_args.max_batch_tokens:,} tokens",
         f"output: {args.output_dir}" + (f", resuming from {checkpoint.path.name}" if checkpoint else ""),
