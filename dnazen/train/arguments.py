@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from dnazen.files import InputError
 
 # (tokens of a micro-batch, learning rate): what fits 80 GB, and DNABERT-2's rate at its size; tiny suits a CPU
-SIZE_DEFAULTS = {"tiny": (2048, 2e-3), "base": (32768, 5e-4), "large": (16384, 4e-4), "xlarge": (4096, 2e-4)}
+SIZE_DEFAULTS = {"tiny": (2048, 2e-3), "base": (65536, 5e-4), "large": (32768, 4e-4), "xlarge": (4096, 2e-4)}
 
 _PACKED = "has no effect: batches are packed by tokens; use --max_batch_tokens"
 _ORDER = "has no effect: the order of the data depends on --seed alone"
