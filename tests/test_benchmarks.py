@@ -187,13 +187,13 @@ def test_the_budget_of_a_step_holds_all_that_is_owed(batch, device):
     if device.type == "cuda":
         pytest.skip("needs Triton's interpreter, for it counts the operations that run on a CPU")
     masked = ngram_masking(batch.input_ids, **graph_of(batch.matches), **batch.masking).trimmed()
-    batch = batch._replace(masked=masked._replace(ngram_cu_seqlens=batch.masked.ngram_cu_seqlens))
-    num_ngrams, num_edges = int(batch.masked.ngram_cu_seqlens[-1]), len(batch.masked.token_ngrams)
+    # the labels of a masking that masks, and the G-grams of one that does not
+    batch = batch._replace(masked=batch.masked._replace(labels=masked.labels))
     config = DNAZenConfig(
         vocab_size=16, ngram_vocab_size=4, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
         intermediate_size=64, num_hidden_ngram_layers=2,
     )  # fmt: skip
-    parts = budget.parts_of_step(config, batch, num_ngrams, num_edges)
+    parts = budget.parts_of_step(config, batch)
     flops = sum(part.times * sum(kernel.flops for kernel in part.kernels) for part in parts)
     recomputed = 0.0  # flash attention's scores, once more in the backward
     for number, offsets in ((3, batch.cu_seqlens), (2, batch.masked.ngram_cu_seqlens)):

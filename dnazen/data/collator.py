@@ -1,7 +1,6 @@
 """From token sequences to a packed, matched and masked batch."""
 
 import copy
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,6 @@ from dnazen.data.shards import TokenSplit
 from dnazen.ngram.vocab import NgramVocabulary
 from dnazen_kernels.ngram_masking import IGNORE_INDEX, ngram_masking
 from dnazen_kernels.ngram_matching import ngram_matching
-from dnazen_kernels.ngram_matching.table import MAX_LENGTH, MIN_LENGTH
 
 
 class Masking(NamedTuple):
@@ -39,19 +37,22 @@ def masking_uniforms(seed: int, epoch: int, sequence: int, length: int) -> np.nd
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, sequence, epoch])).random((length, 3))
 
 
-class Capacity(NamedTuple):
-    """Room in a batch made on a device, where the host does not wait to learn how much is needed."""
+class BatchCounts(NamedTuple):
+    """What the host must know of a batch that is matched and masked."""
 
-    ngrams: int  # before masking
+    ngrams: int
     edges: int
+    max_ngrams: int  # of one sequence
     masked: int  # tokens
+    dropped: int  # G-grams cut by the vocabulary's cap
+    no_room: int  # G-grams beyond the capacity
 
 
 class PackedCollator:
     """Packs token sequences end to end, finds their G-grams and masks them.
 
-    `pack` is for the host; `match_and_mask` runs where its input lies, and does not make the host wait if it is given a
-    capacity. Calling the collator does both.
+    Calling it does so in three steps: `pack` on the host; `match_and_mask` where its input lies, without a wait if it is
+    given a capacity; and `trim`, for which the host must know the sizes.
 
     Args:
         tokenizer: for the ids of the special tokens.
@@ -84,10 +85,14 @@ class PackedCollator:
     def __call__(
         self, sequences: list[np.ndarray], sequence_ids: np.ndarray | None = None, epoch: int = 0
     ) -> dict[str, torch.Tensor | int]:
-        """`pack`, then `match_and_mask`; G-grams cut by the vocabulary's cap are counted in `num_dropped`."""
-        batch, cut = self.match_and_mask(**self.pack(sequences, sequence_ids, epoch))
-        self.num_dropped = int(cut[0])
-        return batch
+        """All three steps; see `pack` for the arguments and `trim` for the result.
+
+        G-grams cut by the vocabulary's cap are counted in `num_dropped`.
+        """
+        untrimmed, counts = self.match_and_mask(**self.pack(sequences, sequence_ids, epoch))
+        counts = BatchCounts(*counts.tolist())
+        self.num_dropped = counts.dropped
+        return self.trim(untrimmed, counts)
 
     def pack(
         self, sequences: list[np.ndarray], sequence_ids: np.ndarray | None = None, epoch: int = 0
@@ -125,29 +130,23 @@ class PackedCollator:
         ordinary: torch.Tensor | None = None,
         random: torch.Tensor | None = None,
         *,
-        capacity: Capacity | None = None,
+        capacity: tuple[int, int] | None = None,
         impl: str = "auto",
     ) -> tuple[dict[str, torch.Tensor | int], torch.Tensor]:
         """Find the G-grams of what `pack` returned, and mask.
 
         Args:
-            capacity: None for tensors as large as needed, which a device has to be waited for. Else their sizes follow
-                from it: behind the G-grams come some that belong to no sequence and cover no token; behind
-                `masked_positions` come zeros, where nothing is masked; and `max_ngrams` is a bound. What there is no
-                room for is left out.
+            capacity: room for so many G-grams and edges, so that nobody waits to learn how many there are; None for as
+                many as there are.
             impl: of the operators.
 
         Returns:
-            The packed batch: `input_ids [T]`, `cu_seqlens [B+1]`, `max_seqlen`, `ngram_input_ids [N]`,
-            `ngram_cu_seqlens [B+1]`, `max_ngrams`, both CSR views of the matching matrix, and, if masking, `labels [T]`
-            and the indices of the masked tokens in them, `masked_positions`; and what was left out, `[2]`: G-grams (by
-            the vocabulary's cap or for want of room) and labels.
+            The batch in tensors that may be longer than what is in them, and `BatchCounts` as a tensor.
         """
-        room = None if capacity is None else (capacity.ngrams, capacity.edges)
-        matches = ngram_matching(input_ids, cu_seqlens, self.table, self.max_ngrams, capacity=room, impl=impl)
+        matches = ngram_matching(input_ids, cu_seqlens, self.table, self.max_ngrams, capacity=capacity, impl=impl)
         fields = matches._asdict()
-        num_dropped = fields.pop("counts")[2:].sum()
-        num_unlabelled = torch.zeros_like(num_dropped)
+        num_ngrams, num_edges, dropped, no_room = fields.pop("counts").unbind()
+        num_masked = torch.zeros_like(dropped)
         batch: dict[str, Any] = {"input_ids": input_ids, **fields}
         if self.masking is not None:
             masked = ngram_masking(
@@ -160,28 +159,38 @@ class PackedCollator:
                 whole_ngram=self.masking.whole_ngram,
                 impl=impl,
             )
-            batch = (masked.trimmed() if capacity is None else masked)._asdict()
-            del batch["counts"]
-            # found here, for in the model their number would have to be waited for
-            is_masked = batch["labels"] != IGNORE_INDEX
-            if capacity is None:
-                batch["masked_positions"] = is_masked.nonzero().squeeze(1)
-            else:
-                number = is_masked.cumsum(0)
-                batch["labels"] = batch["labels"].masked_fill(number > capacity.masked, IGNORE_INDEX)
-                wanted = torch.arange(1, capacity.masked + 1, device=number.device)
-                positions = torch.searchsorted(number, wanted)
-                batch["masked_positions"] = positions.masked_fill(positions == len(number), 0)
-                num_unlabelled = (number[-1] - capacity.masked).clamp(min=0)
+            batch = masked._asdict()
+            num_ngrams, num_edges = batch.pop("counts").unbind()
+            num_masked = (batch["labels"] != IGNORE_INDEX).sum()
         if not self.use_ngrams:
             batch = without_ngrams(batch)
+            num_ngrams = num_edges = torch.zeros_like(dropped)
+        longest = batch["ngram_cu_seqlens"].diff().amax()
         batch["cu_seqlens"], batch["max_seqlen"] = cu_seqlens, max_seqlen
-        if capacity is None:
-            batch["max_ngrams"] = int(batch["ngram_cu_seqlens"].diff().max())
-        else:  # one of each length from each token at most
-            most = max(1, min(capacity.ngrams, (MAX_LENGTH - MIN_LENGTH + 1) * max_seqlen))
-            batch["max_ngrams"] = most if self.max_ngrams is None else min(most, self.max_ngrams)
-        return batch, torch.stack([num_dropped, num_unlabelled])
+        counts = num_ngrams, num_edges, longest, num_masked, dropped, no_room
+        return batch, torch.stack([count.to(torch.int32) for count in counts])
+
+    def trim(self, batch: dict[str, torch.Tensor | int], counts: BatchCounts) -> dict[str, torch.Tensor | int]:
+        """What `match_and_mask` returned, without what is behind the content.
+
+        Returns:
+            The packed batch: `input_ids [T]`, `cu_seqlens [B+1]`, `max_seqlen`, `ngram_input_ids [N]`,
+            `ngram_cu_seqlens [B+1]`, `max_ngrams`, both CSR views of the matching matrix, and, if masking, `labels [T]`
+            and the indices of the masked tokens in them, `masked_positions`.
+        """
+        batch = {
+            **batch,
+            "ngram_input_ids": batch["ngram_input_ids"][: counts.ngrams],
+            "token_ngrams": batch["token_ngrams"][: counts.edges],
+            "ngram_offsets": batch["ngram_offsets"][: counts.ngrams + 1],
+            "ngram_tokens": batch["ngram_tokens"][: counts.edges],
+            "max_ngrams": counts.max_ngrams,
+        }
+        if "labels" in batch:
+            number = (batch["labels"] != IGNORE_INDEX).cumsum(0)
+            wanted = torch.arange(1, counts.masked + 1, device=number.device)
+            batch["masked_positions"] = torch.searchsorted(number, wanted)
+        return batch
 
 
 def without_ngrams(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -208,23 +217,6 @@ class PackedDataset(Dataset):
         if not self.match:
             return self.collator.pack(sequences, micro_batch.sequences, micro_batch.epoch), 0
         return self.collator(sequences, micro_batch.sequences, micro_batch.epoch), self.collator.num_dropped
-
-
-def measure_capacity(dataset: PackedDataset, micro_batches: Iterable[MicroBatch], multiple: int = 64) -> Capacity:
-    """Room for batches like these: what the fullest of them need, a quarter more, and up to a multiple.
-
-    Among a few dozen batches the fullest is close to the fullest there is, unless a genome is very uneven (tandem
-    repeats); what then does not fit is counted by `PackedCollator.match_and_mask`.
-    """
-    plain = copy.copy(dataset.collator)
-    plain.masking, plain.use_ngrams = None, True
-    needs = [(0, 0, 0)]
-    for micro_batch in micro_batches:
-        batch = plain([dataset.split[index] for index in micro_batch.sequences])
-        num_masked = len(dataset[micro_batch][0]["masked_positions"])
-        needs.append((len(batch["ngram_input_ids"]), len(batch["token_ngrams"]), num_masked))
-    most = np.array(needs).max(0)
-    return Capacity(*(int(-(-need * 5 // 4) // multiple + 1) * multiple for need in most))
 
 
 def calibrate_mlm_probability(dataset: PackedDataset, target: float, max_tokens: int = 200_000) -> float:

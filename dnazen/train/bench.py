@@ -2,8 +2,10 @@
 
 import importlib.metadata
 import multiprocessing
+import os
 import platform
 import resource
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +16,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from dnazen_kernels.ngram_masking import IGNORE_INDEX
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
@@ -91,7 +92,7 @@ class BenchTrainer(PretrainingTrainer):
     def start(self, now: float) -> None:
         """Begin to measure."""
         self.started, self.loader_seconds, self.measured_steps = now, 0.0, 0
-        self.work: list[list[torch.Tensor]] = []
+        self.work: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -101,9 +102,9 @@ class BenchTrainer(PretrainingTrainer):
         """The trainer's, with the time that the loader keeps it waiting and the work it brings."""
         batches, masked = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
         self.measured_steps += 1
-        for batch in batches:  # may lie on a GPU, which must not be waited for
-            num_masked = (batch["labels"] != IGNORE_INDEX).sum()
-            self.work.append([batch["cu_seqlens"].diff(), batch["ngram_cu_seqlens"].diff(), num_masked])
+        for batch in batches:  # lengths may lie on a GPU, which must not be waited for
+            num_masked = len(batch["masked_positions"])
+            self.work.append((batch["cu_seqlens"].diff(), batch["ngram_cu_seqlens"].diff(), num_masked))
         return batches, masked
 
     def _timed(self, iterator: Iterator) -> Iterator:
@@ -118,8 +119,9 @@ class BenchTrainer(PretrainingTrainer):
     def sum_work(self) -> dict[str, float]:
         """What went through since `start`: `flops`, `tokens`, `sequences` and `ngrams`."""
         total = dict.fromkeys(("flops", "tokens", "sequences", "ngrams"), 0.0)
-        for lengths, ngram_lengths, num_masked in ([tensor.cpu().numpy() for tensor in part] for part in self.work):
-            total["flops"] += training_flops(self.model.config, lengths, ngram_lengths, int(num_masked))
+        for *offsets, num_masked in self.work:
+            lengths, ngram_lengths = (tensor.cpu().numpy() for tensor in offsets)
+            total["flops"] += training_flops(self.model.config, lengths, ngram_lengths, num_masked)
             total["tokens"] += int(lengths.sum())
             total["sequences"] += len(lengths)
             total["ngrams"] += int(ngram_lengths.sum())
@@ -127,13 +129,26 @@ class BenchTrainer(PretrainingTrainer):
 
 
 def measure(
-    impl: str, corpus_dir: str, ngrams_dir: str, model: str, seconds: float, max_batch_tokens: int, precision: str
+    impl: str,
+    corpus_dir: str,
+    ngrams_dir: str,
+    model: str,
+    seconds: float,
+    max_batch_tokens: int,
+    precision: str,
+    deepspeed: str | None,
+    torch_compile: bool,
 ) -> dict[str, Any]:
     """Train for `seconds` after a warm-up, in this process; returns what came out.
 
     With `impl="reference"` sequences are padded to the corpus' longest possible one, the matching matrix is dense, the
-    fusion an einsum and attention explicit.
+    fusion an einsum and attention explicit; nothing is compiled.
     """
+    if deepspeed is not None:  # which wants to be told that it is alone
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     set_seed(42)
     corpus = Corpus.open(corpus_dir)
     vocabulary = load_ngrams(ngrams_dir, corpus)
@@ -152,6 +167,8 @@ def measure(
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=100,
             bf16=precision == "bf16",
+            deepspeed=deepspeed,
+            torch_compile=torch_compile and impl != "reference",
             logging_strategy="no",
             eval_strategy="no",
             save_strategy="no",
@@ -209,6 +226,8 @@ def bench(
     seconds: float = 30.0,
     max_batch_tokens: int | None = None,
     precision: str | None = None,
+    deepspeed: str | None = None,
+    torch_compile: bool = False,
 ) -> dict[str, Any]:
     """Measure the trainer as it runs by default, and each of `impl` beside it, each in a process of its own.
 
@@ -222,28 +241,42 @@ def bench(
         seconds: how long each is measured, after a warm-up of a few steps.
         max_batch_tokens: tokens of a micro-batch; default: that of pretraining.
         precision: "bf16" or "fp32"; default: bf16 on a GPU, fp32 on a CPU.
+        deepspeed: a configuration of DeepSpeed's, as for pretraining, whose bf16 is that of weights and all states;
+            without, bf16 is autocast's.
+        torch_compile: compile layers, but not those of the reference.
 
     Raises:
+        RuntimeError: the trainer itself failed; where one of `impl` does, `failed` says why.
         InputError: see `Corpus.open`, `load_ngrams` and `DNAZenConfig.from_size`.
     """
     DNAZenConfig.from_size(model)
     load_ngrams(ngrams, Corpus.open(corpus))
     max_batch_tokens = max_batch_tokens or SIZE_DEFAULTS.get(model, SIZE_DEFAULTS["base"])[0]
     precision = precision or ("bf16" if torch.cuda.is_available() else "fp32")
-    rows = []
+    rows, failed = [], {}
     with atomic_directory(output_dir) as folder:
         for name in ["auto", *(impl or [])]:
             # a process of its own: peak memory and compiled code of one must not be the other's
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                job = pool.submit(measure, name, corpus, ngrams, model, seconds, max_batch_tokens, precision)
-                rows.append(job.result())
+                job = pool.submit(
+                    measure, name, corpus, ngrams, model, seconds, max_batch_tokens, precision, deepspeed, torch_compile
+                )
+                try:
+                    rows.append(job.result())
+                except RuntimeError as error:  # out of memory, say
+                    if not rows:
+                        raise
+                    failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         result = {
             "model": model,
             "precision": precision,
             "max_batch_tokens": max_batch_tokens,
+            "deepspeed": deepspeed,
+            "torch_compile": torch_compile,
             "machine": f"{rows[0]['device']}, {psutil.cpu_count()} cores, {platform.machine()}",
             "versions": {name: importlib.metadata.version(name) for name in ("dnazen", "torch", "transformers", "numpy")},
             "rows": rows,
+            "failed": failed,
             "speed_up": [rows[0]["tokens_per_second"] / row["tokens_per_second"] for row in rows],
         }
         write_json(folder / "bench.json", result)
@@ -275,6 +308,7 @@ def format_bench(result: dict[str, Any]) -> str:
         lines.append(f"{name:18}" + "".join(f"{cell:>16}" for cell in cells))
     for row, ratio in list(zip(result["rows"], result["speed_up"], strict=True))[1:]:
         lines.append(f"{ratio:.2f} times as fast as {row['impl']}")
+    lines += [f"{name} failed: {reason}" for name, reason in result["failed"].items()]
     return "\n".join(lines)
 
 

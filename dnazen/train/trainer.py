@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from accelerate.utils import DynamoBackend
 from dnazen_kernels._runtime import resolve_impl
-from dnazen_kernels.ngram_masking import IGNORE_INDEX
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from dnazen.data.collator import PackedDataset, measure_capacity
+from dnazen.data.collator import PackedDataset
+from dnazen.data.device import DeviceBatch, measure_capacity
 from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch, MicroBatchSampler, pack_by_budget
 from dnazen.ngram.vocab import NgramVocabulary
 from dnazen.train.checkpoint import (
@@ -30,7 +30,7 @@ from dnazen.train.checkpoint import (
 )
 
 Batch = dict[str, torch.Tensor | int]
-CAPACITY_BATCHES = 64  # of the first epoch, over which the room in a batch made on a device is measured
+CAPACITY_BATCHES = 64  # of the first epoch, on which the room in a batch made on a device is measured
 
 
 class FinishWhole(TrainerCallback):
@@ -76,8 +76,7 @@ class PretrainingTrainer(Trainer):
         **kwargs,
     ):
         self.resumed_step = self.resumed_position = 0
-        # tokens, ordinary tokens, masked tokens, G-grams cut, labels cut
-        self.totals = np.zeros(5, dtype=np.int64)
+        self.totals = np.zeros(4, dtype=np.int64)  # tokens, ordinary tokens, masked tokens, G-grams cut by the cap
         self.train_seconds = 0.0
         if checkpoint is not None:
             manifest = checkpoint.manifest
@@ -120,14 +119,15 @@ class PretrainingTrainer(Trainer):
         self._staging: Path | None = None
         self._paused_seconds = 0.0  # time of this logging interval that was not training
         self._logged_at: float | None = None
-        self._interval = torch.zeros(len(self.totals), dtype=torch.int64, device=args.device)
-        # where the kernels run, training batches are matched and masked there, and nobody waits for their sizes
-        self.capacity = None
+        self._interval = np.zeros_like(self.totals)
+        # where the kernels run, training batches are matched and masked there, a step ahead
+        self.capacity: tuple[int, int] | None = None
+        self._ahead: list[DeviceBatch] | None = None
         if resolve_impl(self.model.config.impl, args.device) == "triton":
             runs = self.sampler.micro_batches(0)
             chosen = np.unique(np.linspace(0, len(runs) - 1, CAPACITY_BATCHES).astype(int))
             self.capacity = measure_capacity(train_dataset, (MicroBatch(0, runs[index]) for index in chosen))
-            self._device_collator = train_dataset.collator.to(args.device)
+            self._collator = train_dataset.collator.to(args.device)
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -171,22 +171,24 @@ class PretrainingTrainer(Trainer):
         """The micro-batches of one step on this process, and the number of masked tokens over all processes."""
         if self._logged_at is None:
             self._logged_at, self._paused_seconds = time.perf_counter(), 0.0
-        batches = []
-        masked = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        for batch, dropped in itertools.islice(epoch_iterator, num_batches):
-            batch, unlabelled = self._to_device(batch), 0
-            if self.capacity is not None:
-                batch, (dropped, unlabelled) = self._device_collator.match_and_mask(
-                    **batch, capacity=self.capacity, impl=self.model.config.impl
-                )
-            count = (batch["labels"] != IGNORE_INDEX).sum()
+        items = itertools.islice(epoch_iterator, num_batches)
+        if self.capacity is not None:
+            launched = self._launch(items) if self._ahead is None else self._ahead
+            items = [batch.result() for batch in launched]
+            self._ahead = self._launch(itertools.islice(epoch_iterator, num_batches))
+        batches, masked = [], 0
+        for batch, num_dropped in items:
+            count = len(batch["masked_positions"])
             tokens = batch["input_ids"].numel()
-            ordinary = tokens - SPECIAL_TOKENS_PER_SEQUENCE * (batch["cu_seqlens"].numel() - 1)
-            for total, value in zip(self._interval, (tokens, ordinary, count, dropped, unlabelled)):
-                total += value
-            batches.append(batch)
+            special = SPECIAL_TOKENS_PER_SEQUENCE * (batch["cu_seqlens"].numel() - 1)
+            self._interval += [tokens, tokens - special, count, num_dropped]
+            batches.append(self._to_device(batch))
             masked += count
-        return batches, self._sum_over_processes(masked)
+        return batches, self._sum_over_processes(torch.full((), masked, dtype=torch.int64, device=self.args.device))
+
+    def _launch(self, items: Iterable[tuple[Batch, int]]) -> list[DeviceBatch]:
+        impl = self.model.config.impl
+        return [DeviceBatch(self._collator, self._to_device(batch), self.capacity, impl) for batch, _ in items]
 
     def _to_device(self, batch: Batch) -> Batch:
         return {
@@ -271,16 +273,15 @@ class PretrainingTrainer(Trainer):
         if "loss" in logs:
             now = time.perf_counter()
             seconds = now - self._logged_at - self._paused_seconds
-            counts = self._sum_over_processes(self._interval).cpu().numpy()
-            tokens, ordinary, masked, dropped, unlabelled = counts.tolist()
+            counts = torch.from_numpy(self._interval).to(self.args.device, copy=True)
+            counts = self._sum_over_processes(counts).cpu().numpy()
+            tokens, ordinary, masked, dropped = counts.tolist()
             logs |= {"tokens_per_second": tokens / seconds, "mask_rate": masked / max(ordinary, 1)}
-            if self.vocabulary.max_ngrams is not None or self.capacity is not None:
+            if self.vocabulary.max_ngrams is not None:
                 logs["ngrams_cut"] = dropped
-            if self.capacity is not None:
-                logs["labels_cut"] = unlabelled
             self.totals += counts
             self.train_seconds += seconds
-            self._interval.zero_()
+            self._interval[:] = 0
             self._logged_at, self._paused_seconds = now, 0.0
         super().log(logs, start_time)
 
