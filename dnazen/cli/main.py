@@ -99,6 +99,8 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--seconds", type=float, default=30.0, help="of each, after a warm-up (%(default)s)")
     command.add_argument("--max-batch-tokens", type=int, help="tokens of a micro-batch (by model size)")
     command.add_argument("--precision", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU")
+    command.add_argument("--deepspeed", metavar="JSON", help="run under DeepSpeed with this configuration, as pretraining")
+    command.add_argument("--torch-compile", action="store_true", help="compile layers, but not those of the reference")
 
     command = add_command("export", _export, "write a trained model in the form of the published ones")
     command.add_argument("--model", required=True, metavar="DIR", help="`final/` or `checkpoint-N/` of a training run")
