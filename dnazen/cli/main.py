@@ -22,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     `dnazen doctor` also returns 1 when something that it looks at is not in order.
     """
-    args = vars(_make_parser().parse_args(argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[0:1] == ["ngrams"] and words[1:2] and not words[1].startswith("-"):
+        words[0:2] = [" ".join(words[0:2])]  # `ngrams` is a command by itself, and `ngrams ...` are others
+    args = vars(_make_parser().parse_args(words))
     run, output_dir = args.pop("run"), args.get("output_dir")
     logging.basicConfig(format="dnazen: %(levelname)s: %(message)s", stream=sys.stderr)
     start = time.perf_counter()
@@ -44,6 +47,7 @@ def _make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(required=True, metavar="command")
 
     def add_command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+        """A command that writes a folder; its name may be of two words, such as `ngrams merge`."""
         command = subparsers.add_parser(name, help=text, description=text)
         command.add_argument("--output-dir", required=True, metavar="DIR", help="where to write it; must not exist yet")
         command.set_defaults(run=run)
