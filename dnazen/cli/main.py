@@ -14,7 +14,7 @@ from dnazen import __version__
 from dnazen.data import shards
 from dnazen.data.tokenizer import MAX_VOCAB_SIZE, build_tokenizer, load_tokenizer
 from dnazen.files import InputError
-from dnazen.ngram import extract
+from dnazen.ngram import extract, stats
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +86,12 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--long-pieces", choices=("drop", "split"), default="drop", help="longer runs (%(default)s)")
     command.add_argument("--num-workers", type=int, default=1, help="processes; same result (%(default)s)")
 
+    command = add_command("ngrams stats", _ngrams_stats, "count the G-grams of data sets, as tables and pictures")
+    _add_ngrams_arguments(command)
+    command.add_argument(
+        "--data", nargs="+", required=True, metavar="PATH", help="CSV files with a column 'sequence', folders, corpora"
+    )
+
     command = add_command("bench", _bench, "measure training steps on this machine")
     command.add_argument("--corpus", required=True, metavar="DIR", help="folder written by `dnazen corpus`")
     command.add_argument("--ngrams", required=True, metavar="DIR", help="folder written by `dnazen ngrams`")
@@ -100,6 +106,11 @@ def _make_parser() -> argparse.ArgumentParser:
     text = "say what runs on this machine, and check the operators on small input"
     subparsers.add_parser("doctor", help=text, description=text).set_defaults(run=_doctor)
     return parser
+
+
+def _add_ngrams_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--ngrams", required=True, metavar="DIR", help="written by `dnazen ngrams`, or ngram.json")
+    command.add_argument("--tokenizer", metavar="DIR", help="folder with tokenizer.json (that of the G-grams)")
 
 
 def _tokenizer(fasta: list[str], output_dir: str, vocab_size: int) -> None:
@@ -130,6 +141,10 @@ def _ngrams(corpus: str, output_dir: str, **parameters: int | float | str) -> No
     with open(Path(output_dir) / "ngrams.tsv") as file:
         for row in itertools.islice(csv.DictReader(file, delimiter="\t"), 10):
             print(f"{int(row['count']):>10,} {float(row['pmi']):6.2f}  {row['tokens']}")
+
+
+def _ngrams_stats(**parameters: Any) -> None:
+    print(stats.format_table(stats.build_statistics(**parameters).splits))
 
 
 def _bench(corpus: str, ngrams: str, output_dir: str, **parameters: Any) -> None:

@@ -24,7 +24,7 @@ from dnazen_kernels.ngram_matching import ngram_matching
 from dnazen_kernels.ngram_matching.table import LENGTH_SHIFT, pack_ngrams, token_bits
 from tqdm import tqdm
 
-from dnazen.data.tokenizer import tokenizer_checksum
+from dnazen.data.tokenizer import save_tokenizer, tokenizer_checksum
 from dnazen.data.workers import call_forked, fork_pool
 from dnazen.files import InputError, atomic_directory, sha256_file, write_json
 from dnazen.ngram.vocab import MANIFEST_FILE, NGRAM_FILE, NgramVocabulary
@@ -154,7 +154,8 @@ def find_pieces(linked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def build_ngrams(corpus: Any, output_dir: str | PathLike, **parameters: Any) -> dict[str, Any]:
-    """Extract the G-grams of a corpus' training split and write `ngram.json`, `ngrams.tsv` and `manifest.json`.
+    """Extract the G-grams of a corpus' training split and write `ngram.json`, `ngrams.tsv`, `manifest.json` and the
+    tokenizer.
 
     `corpus` is a `dnazen.data.shards.Corpus`; `parameters` are those of `extract_ngrams`. Returns the manifest.
 
@@ -182,6 +183,7 @@ def build_ngrams(corpus: Any, output_dir: str | PathLike, **parameters: Any) -> 
         vocabulary = NgramVocabulary(ngrams, list(range(1, len(ngrams) + 1)))
         statistics["ngrams_per_sequence"], statistics["covered_tokens"] = measure_density(vocabulary, corpus)
         vocabulary.save_pretrained(directory, tokenizer)
+        save_tokenizer(tokenizer, directory)
         with open(directory / "ngrams.tsv", "w") as file:
             file.write("id\ttokens\tbases\tlength\tcount\tpmi\n")
             for ngram_id, (ngram, count, pmi) in enumerate(zip(ngrams, counts, pmis, strict=True), 1):
