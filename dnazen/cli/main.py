@@ -14,7 +14,7 @@ from dnazen import __version__
 from dnazen.data import shards
 from dnazen.data.tokenizer import MAX_VOCAB_SIZE, build_tokenizer, load_tokenizer
 from dnazen.files import InputError
-from dnazen.ngram import extract, stats
+from dnazen.ngram import extract, motifs, stats
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +92,12 @@ def _make_parser() -> argparse.ArgumentParser:
         "--data", nargs="+", required=True, metavar="PATH", help="CSV files with a column 'sequence', folders, corpora"
     )
 
+    command = add_command("ngrams motifs", _ngrams_motifs, "compare G-grams with known motifs")
+    _add_ngrams_arguments(command)
+    command.add_argument("--motifs", required=True, metavar="FILE", help="MEME, TRANSFAC or JASPAR format, also .gz")
+    command.add_argument("--shuffles", type=int, default=199, help="p-values reach 1 / (this + 1) (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the shuffles (%(default)s)")
+
     command = add_command("bench", _bench, "measure training steps on this machine")
     command.add_argument("--corpus", required=True, metavar="DIR", help="folder written by `dnazen corpus`")
     command.add_argument("--ngrams", required=True, metavar="DIR", help="folder written by `dnazen ngrams`")
@@ -145,6 +151,10 @@ def _ngrams(corpus: str, output_dir: str, **parameters: int | float | str) -> No
 
 def _ngrams_stats(**parameters: Any) -> None:
     print(stats.format_table(stats.build_statistics(**parameters).splits))
+
+
+def _ngrams_motifs(**parameters: Any) -> None:
+    print(motifs.summarize(motifs.build_motifs(**parameters)))
 
 
 def _bench(corpus: str, ngrams: str, output_dir: str, **parameters: Any) -> None:

@@ -311,11 +311,16 @@ def plot_statistics(
     axes.margins(y=0.01)
     figure.savefig(directory / "coverage.png", dpi=120)
 
-    _plot_heatmap(directory / "heatmap.png", statistics, ["".join(tokens) for tokens in spellings])
+    _plot_heatmap(directory / "heatmap.png", statistics, [_shorten(" ".join(tokens)) for tokens in spellings])
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 24 else f"{text[:21]}..."
 
 
 def _plot_heatmap(path: Path, statistics: NgramStatistics, names: Sequence[str]) -> None:
-    """The paper's Figure 2: frequencies of the G-grams that are most frequent anywhere, by group and by data set."""
+    """The paper's Figure 2: frequencies, by group and by data set, of the most frequent G-grams of each data set."""
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     by_group: dict[str, Any] = {}
@@ -323,13 +328,14 @@ def _plot_heatmap(path: Path, statistics: NgramStatistics, names: Sequence[str])
         by_group[split.group] = by_group.get(split.group, 0) + statistics.counts[split.dataset]
     panels = [panel for panel in (by_group, statistics.counts) if len(panel) > 1 or panel is statistics.counts]
     frequencies = [{name: counts / max(counts.sum(), 1) for name, counts in panel.items()} for panel in panels]
-    peaks = np.max(list(frequencies[-1].values()), axis=0)
-    chosen = np.argsort(-peaks, kind="stable")[:_HEATMAP_NGRAMS]
+    by_rank = np.array([np.argsort(-row, kind="stable")[:_HEATMAP_NGRAMS] for row in frequencies[-1].values()]).T
+    chosen = list(dict.fromkeys(by_rank.flat))[:_HEATMAP_NGRAMS]
     height = 2.0 + sum(0.5 + 0.18 * len(panel) for panel in panels)
     figure = Figure(figsize=(11, height), layout="constrained")
     grid = figure.subplots(len(panels), squeeze=False, height_ratios=[len(panel) for panel in panels])[:, 0]
     for axes, panel in zip(grid, frequencies, strict=True):
-        image = axes.imshow(100 * np.array([row[chosen] for row in panel.values()]), aspect="auto", cmap="magma_r")
+        shares = 100 * np.array([row[chosen] for row in panel.values()])
+        image = axes.imshow(shares, norm=PowerNorm(0.5), aspect="auto", cmap="magma_r")
         axes.set_yticks(range(len(panel)), list(panel), fontsize=7)
         axes.set_xticks([])
         figure.colorbar(image, ax=axes, label="% of G-grams")
