@@ -288,7 +288,9 @@ def plot_statistics(
     for dataset, values in counts.items():
         frequencies = np.sort(values[values > 0])[::-1] / max(values.sum(), 1)
         axes.plot(np.arange(1, len(frequencies) + 1), frequencies, label=dataset, linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="rank of G-gram", ylabel="share of the data set's G-grams")
+    axes.set(xlabel="rank of G-gram", ylabel="share of the data set's G-grams")
+    if total.any():
+        axes.set(xscale="log", yscale="log")
     axes.legend(fontsize=6, ncols=1 + len(counts) // 12)
     figure.savefig(directory / "rank_frequency.png", dpi=120)
 
