@@ -1,10 +1,11 @@
 """Known motifs from files in the formats that JASPAR offers: MEME, TRANSFAC and JASPAR's own.
 
-Biopython parses each record. What it would pass over in silence (a matrix cut short, rows of different lengths, a
-record without a matrix) is refused here, with the record's place in the file.
+Biopython parses each record. What it would pass over in silence (a matrix cut short, a record without one, a
+row too many) is refused here, and every fault is told with the record's place in the file.
 """
 
 import io
+import itertools
 import re
 from collections.abc import Iterator
 from os import PathLike
@@ -17,6 +18,8 @@ from xopen import xopen
 from dnazen.files import InputError
 
 _MEME_HEADER = "MEME version 4\n\nALPHABET= ACGT\n\nBackground letter frequencies\nA 0.25 C 0.25 G 0.25 T 0.25\n\n"
+# what a row of a matrix begins with, by Biopython's name of the format
+_ROW = {"minimal": r"\s*[\d.]", "jaspar": r"\s*\S", "transfac": r"\d"}
 _PROBABILITY_TOLERANCE = 0.02  # files round to a few digits
 
 
@@ -73,7 +76,7 @@ def load_motifs(path: str | PathLike) -> list[Motif]:
 
 def _split_before(lines: list[str], start: str) -> Iterator[_Record]:
     starts = [number for number, line in enumerate(lines) if re.match(start, line)]
-    for first, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+    for first, end in itertools.pairwise([*starts, len(lines)]):
         yield _Record(first + 1, lines[first:end])
 
 
@@ -109,11 +112,8 @@ def _parse(path: Path, record: _Record, form: str) -> Motif:
     place = f"{place}: motif {motif_id}"
     if len(found) != 1:
         raise InputError(f"{place}: expected a matrix, found {len(found) or 'none'}")
-    rows = [np.array(found[0].counts[base], float) for base in "ACGT"]
-    if len({len(row) for row in rows}) != 1:
-        raise InputError(f"{place}: expected rows of one length, found {', '.join(str(len(row)) for row in rows)}")
-    counts = np.stack(rows, axis=1)
-    numbers = [line for line in record.lines[1:] if re.match({"jaspar": r"\s*\S", "transfac": r"\d"}.get(form, r"\s*[\d.]"), line)]
+    counts = np.array([found[0].counts[base] for base in "ACGT"], float).T
+    numbers = [line for line in record.lines[1:] if re.match(_ROW[form], line)]
     expected = 4 if form == "jaspar" else len(counts)
     if len(numbers) != expected or not len(counts):
         raise InputError(f"{place}: expected a matrix of {expected or 'some'} rows, found {len(numbers)}")
