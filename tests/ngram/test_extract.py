@@ -5,14 +5,16 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dnazen.data.shards import Corpus, build_corpus
 from dnazen.data.tokenizer import load_tokenizer
 from dnazen.files import InputError
-from dnazen.ngram import extract
-from dnazen.ngram.extract import extract_ngrams, find_pieces
+from dnazen.ngram import count
+from dnazen.ngram.count import find_pieces
+from dnazen.ngram.extract import extract_ngrams
 
 
 def extract_slowly(sequences, min_pmi, min_count, min_pair_count, min_len, max_len, long_pieces):
@@ -111,7 +113,7 @@ def test_extraction_same_for_any_blocks_and_workers(monkeypatch, long_pieces):
     options = dict(vocab_size=64, min_pmi=1.5, long_pieces=long_pieces)
     whole = extract_ngrams([make_shard(sequences)], **options)
     assert len(whole.ngrams) > 20
-    monkeypatch.setattr(extract, "BLOCK_TOKENS", 1000)
+    monkeypatch.setattr(count, "BLOCK_TOKENS", 1000)
     shards = [make_shard(sequences[:7]), make_shard(sequences[7:200]), make_shard(sequences[200:])]
     assert extract_ngrams(shards, **options) == whole
     for num_workers in (2, 3):
@@ -135,7 +137,7 @@ def test_tokens_in_a_file_or_in_a_part_of_one(tmp_path):
 def test_paper_example():
     """Section 2.1: ATA / CGGT / TGTA / GGTT / AGGA under a threshold of 1."""
     tokens = ["ATA", "CGGT", "TGTA", "GGTT", "AGGA"]
-    starts, sizes = find_pieces(np.array([0.7, 1.3, 1.1, 0.1]) >= 1)
+    starts, sizes = find_pieces(torch.tensor([0.7, 1.3, 1.1, 0.1]) >= 1)
     pieces = [tokens[start : start + size] for start, size in zip(starts, sizes, strict=True)]
     assert pieces == [["CGGT", "TGTA", "GGTT"]]
 
@@ -166,7 +168,7 @@ def test_ties_go_by_token_ids_prefix_first():
         ({"min_pair_count": 0}, "min_pair_count: expected at least 1, found 0"),
         ({"num_workers": 0}, "num_workers: expected at least 1, found 0"),
         ({"vocab_size": 5000}, "need 68 bits, but a key has 63"),
-        ({"vocab_size": 7}, "shard 0, sequences 0 to 0: expected token ids below 7, found 7"),
+        ({"vocab_size": 7}, "shard 0, tokens 0 to 2: expected token ids below 7, found 7"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -178,7 +180,7 @@ def test_extraction_refuses(options, message):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_extraction_error_in_a_worker_reaches_the_user(num_workers):
     shards = [make_shard([[5, 6]]), make_shard([[5, 99]])]
-    with pytest.raises(InputError, match="shard 1, sequences 0 to 0: expected token ids below 16, found 99"):
+    with pytest.raises(InputError, match="shard 1, tokens 0 to 1: expected token ids below 16, found 99"):
         extract_ngrams(shards, vocab_size=16, num_workers=num_workers)
 
 
