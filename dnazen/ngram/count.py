@@ -56,6 +56,11 @@ class _Job(NamedTuple):
     show_progress: bool
 
 
+def token_size(token_counts: np.ndarray) -> int:
+    """Bits of a token in codes and keys, from the size of a table of all tokens."""
+    return (len(token_counts) - 1).bit_length()
+
+
 def take_share(shards: Sequence[Shard], index: int, number: int) -> list[Shard]:
     """The sequences of share `index` of `number`: as many of each shard in every share, give or take one."""
     bounds = [[i * (len(offsets) - 1) // number for i in (index, index + 1)] for _, offsets in shards]
@@ -133,6 +138,23 @@ def merge_runs(parts: Sequence[Runs]) -> Runs:
     )
 
 
+def cut_keys(sample: Iterable[int], number: int) -> torch.Tensor:
+    """The keys `[number - 1]` at which ranges begin that hold equal shares of a sample of keys, the first aside."""
+    keys = sorted(sample)
+    bounds = [keys[i * len(keys) // number] for i in range(1, number)] if keys else [0] * (number - 1)
+    return torch.tensor(bounds, dtype=torch.int64)
+
+
+def read_slice(array: np.ndarray, first: int, end: int) -> np.ndarray:
+    """`array[first:end]`; of a file, through a map of its own.
+
+    The pages of a map that stays would all count as this process' memory in the end.
+    """
+    if first < end and isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):  # not a part of one
+        return np.memmap(array.filename, array.dtype, "r", array.offset + first * array.itemsize, end - first)
+    return array[first:end]
+
+
 def find_pieces(linked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """First token and number of tokens of each maximal run of two or more tokens without a delimiter, in order.
 
@@ -170,14 +192,7 @@ def _load_block(job: _Job, block: Block) -> tuple[torch.Tensor, torch.Tensor, to
     """A block's tokens, the codes of its pairs of neighbours, and which pairs reach across a sequence's end."""
     tokens, offsets = job.shards[block[0]]
     offsets = offsets[block[1] : block[2] + 1]
-    first, size = int(offsets[0]), int(offsets[-1] - offsets[0])
-    if size and isinstance(tokens, np.memmap) and isinstance(tokens.base, mmap.mmap):  # a file's, not a part of one
-        # A map of its own: the pages of one that stays would all count as this process' memory in the end.
-        place = tokens.offset + first * tokens.itemsize
-        tokens = np.memmap(tokens.filename, tokens.dtype, "r", place, size)
-    else:
-        tokens = tokens[first : first + size]
-    tokens = torch.from_numpy(tokens.astype(np.int64)).to(job.device)
+    tokens = torch.from_numpy(read_slice(tokens, int(offsets[0]), int(offsets[-1])).astype(np.int64)).to(job.device)
     codes = torch.add(tokens[1:], tokens[:-1], alpha=1 << job.bits)
     across = np.unique(offsets - offsets[0])[1:-1] - 1
     return tokens, codes, torch.from_numpy(across).to(job.device)

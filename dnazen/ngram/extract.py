@@ -22,9 +22,9 @@ from dnazen_kernels.ngram_matching import ngram_matching
 from dnazen_kernels.ngram_matching.table import LENGTH_SHIFT, token_bits
 from transformers import PreTrainedTokenizerBase
 
-from dnazen.data.tokenizer import tokenizer_checksum
+from dnazen.data.tokenizer import save_tokenizer, tokenizer_checksum
 from dnazen.files import InputError, atomic_directory, sha256_file, write_json
-from dnazen.ngram.count import PairCounts, Runs, Shard, count_pairs, count_runs, take_share
+from dnazen.ngram.count import PairCounts, Runs, Shard, count_pairs, count_runs, take_share, token_size
 from dnazen.ngram.group import ALONE, Group
 from dnazen.ngram.vocab import MANIFEST_FILE, NGRAM_FILE, NgramVocabulary
 
@@ -32,14 +32,12 @@ TABLE_FILE = "ngrams.tsv"
 
 
 class Links(NamedTuple):
-    """The pairs of neighbours that belong together."""
+    """The pairs of neighbours that belong together, and what their PMI is computed from."""
 
-    bits: int  # of a token
+    token_counts: np.ndarray  # int64 [2 ** bits]
+    num_pairs: int  # of neighbours, in all
     pairs: np.ndarray  # int64, codes as in `PairCounts`, rising
-    counts: np.ndarray  # int64
-    pmis: np.ndarray  # fp64, bits
-    num_tokens: int  # in all
-    num_pairs: int  # in all, of neighbours
+    pair_counts: np.ndarray  # int64
 
 
 @dataclass
@@ -103,7 +101,7 @@ def extract_ngrams(
         table = count_pairs(share, vocab_size=vocab_size, **options)
     for counts in table:
         group.add(counts)
-    # one process computes for all: another processor's logarithm may differ in its last bit
+    # one process decides for all: another processor's logarithm may differ in its last bit
     links = group.broadcast(link_pairs(table, min_pmi, min_pair_count) if group.rank == 0 else None)
     del table, counts
     with group.together():
@@ -134,13 +132,18 @@ def check_parameters(
 
 def link_pairs(table: PairCounts, min_pmi: float, min_pair_count: int) -> Links:
     """The pairs that get no delimiter."""
-    bits = (len(table.tokens) - 1).bit_length()
-    num_tokens, num_pairs = int(table.tokens.sum()), int(table.pairs.sum())
     pairs = np.flatnonzero(table.pairs >= min_pair_count)
-    log_p = [np.log2(table.tokens[tokens] / num_tokens) for tokens in (pairs >> bits, pairs & ((1 << bits) - 1))]
-    pmis = np.log2(table.pairs[pairs] / num_pairs) - log_p[0] - log_p[1]
-    pairs, pmis = pairs[pmis >= min_pmi], pmis[pmis >= min_pmi]
-    return Links(bits, pairs, table.pairs[pairs], pmis, num_tokens, num_pairs)
+    links = Links(table.tokens, int(table.pairs.sum()), pairs, table.pairs[pairs])
+    linked = measure_pmis(links) >= min_pmi
+    return links._replace(pairs=pairs[linked], pair_counts=links.pair_counts[linked])
+
+
+def measure_pmis(links: Links) -> np.ndarray:
+    """PMI of each pair, fp64, in bits."""
+    bits, num_tokens = token_size(links.token_counts), links.token_counts.sum()
+    firsts, seconds = links.pairs >> bits, links.pairs & ((1 << bits) - 1)
+    log_p = [np.log2(links.token_counts[tokens] / num_tokens) for tokens in (firsts, seconds)]
+    return np.log2(links.pair_counts / links.num_pairs) - log_p[0] - log_p[1]
 
 
 class ChosenRuns(NamedTuple):
@@ -155,7 +158,7 @@ def choose_runs(runs: Runs, links: Links, min_count: int) -> ChosenRuns:
     """The candidates that occur at least `min_count` times."""
     keys, counts = (array[runs.are_candidates].numpy() for array in (runs.keys, runs.counts))
     are_pairs = keys >> LENGTH_SHIFT == 2
-    counts[are_pairs] = links.counts[np.searchsorted(links.pairs, keys[are_pairs] & ((1 << LENGTH_SHIFT) - 1))]
+    counts[are_pairs] = links.pair_counts[np.searchsorted(links.pairs, keys[are_pairs] & ((1 << LENGTH_SHIFT) - 1))]
     return ChosenRuns(keys[counts >= min_count], counts[counts >= min_count], len(keys))
 
 
@@ -165,20 +168,21 @@ def list_ngrams(parts: Sequence[ChosenRuns], links: Links, num_pieces: np.ndarra
     Args:
         num_pieces: as `count_runs` returns it.
     """
-    bits, max_len = links.bits, len(num_pieces) - 2
+    bits, max_len = token_size(links.token_counts), len(num_pieces) - 2
     keys, counts = (np.concatenate(arrays) for arrays in list(zip(*parts, strict=True))[:2])
     missing = np.arange(max_len) >= (keys >> LENGTH_SHIFT)[:, None]
     shifts = bits * ((keys >> LENGTH_SHIFT)[:, None] - 1 - np.arange(max_len))
     # -1 after the end sorts a G-gram before those that it begins.
     tokens = np.where(missing, -1, keys[:, None] >> np.where(missing, 0, shifts) & ((1 << bits) - 1))
     of_pair = np.searchsorted(links.pairs, np.where(missing[:, 1:], 0, tokens[:, :-1] << bits | tokens[:, 1:]))
-    pmis = np.where(missing[:, 1:], np.inf, links.pmis[of_pair] if len(links.pmis) else np.inf).min(1)
+    pair_pmis = measure_pmis(links)
+    pmis = np.where(missing[:, 1:], np.inf, pair_pmis[of_pair] if len(pair_pmis) else np.inf).min(1)
     order = np.lexsort((*tokens.T[::-1], -counts))
     return NgramExtraction(
         ngrams=[tuple(token for token in row if token >= 0) for row in tokens[order].tolist()],
         counts=counts[order].tolist(),
         pmis=pmis[order].tolist(),
-        num_tokens=links.num_tokens,
+        num_tokens=int(links.token_counts.sum()),
         num_pairs=links.num_pairs,
         num_linked_pairs=len(links.pairs),
         num_candidates=sum(part.num_candidates for part in parts),
@@ -190,7 +194,8 @@ def list_ngrams(parts: Sequence[ChosenRuns], links: Links, num_pieces: np.ndarra
 def build_ngrams(
     corpus: Any, output_dir: str | PathLike, group: Group = ALONE, **parameters: Any
 ) -> dict[str, Any] | None:
-    """Extract the G-grams of a corpus' training split and write `ngram.json`, `ngrams.tsv` and `manifest.json`.
+    """Extract the G-grams of a corpus' training split and write `ngram.json`, `ngrams.tsv`, `manifest.json` and the
+    tokenizer.
 
     `corpus` is a `dnazen.data.shards.Corpus`; `group` and `parameters` are those of `extract_ngrams`. Returns the
     manifest, in the first process of the group, which writes.
@@ -220,7 +225,11 @@ def write_ngrams(
     source: str | PathLike,
     parameters: dict[str, Any],
 ) -> NgramVocabulary:
-    """Write `ngram.json` and `ngrams.tsv`; `source` is what to name when there is no G-gram, which is an InputError."""
+    """Write `ngram.json`, `ngrams.tsv` and the tokenizer.
+
+    Raises:
+        InputError: there is no G-gram in `source`.
+    """
     ngrams = extraction.ngrams
     if not ngrams:
         now = "--min-pair-count {min_pair_count} --min-count {min_count} --min-pmi {min_pmi}".format(**parameters)
@@ -231,6 +240,7 @@ def write_ngrams(
         )
     vocabulary = NgramVocabulary(ngrams, list(range(1, len(ngrams) + 1)))
     vocabulary.save_pretrained(directory, tokenizer)
+    save_tokenizer(tokenizer, directory)
     rows = zip(ngrams, extraction.counts, extraction.pmis, strict=True)
     with open(directory / TABLE_FILE, "w") as file:
         file.write("id\ttokens\tbases\tlength\tcount\tpmi\n")
@@ -247,7 +257,7 @@ def write_manifest(
     corpus_checksums: list[str],
     tokenizer: PreTrainedTokenizerBase,
     seconds: float,
-    density: tuple[float, float] | None,
+    density: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """Write `manifest.json`, the last file of the folder; returns what is in it."""
     statistics = asdict(extraction)
@@ -287,13 +297,14 @@ def summarize(manifest: dict[str, Any]) -> str:
     statistics, parameters, seconds = (manifest[name] for name in ("statistics", "parameters", "seconds"))
     tokens, candidates, kept = (statistics[name] for name in ("num_tokens", "num_candidates", "num_ngrams"))
     rare, lengths = f"{candidates - kept:,} too rare", statistics["num_ngrams_by_length"]
-    density = []
-    if "covered_tokens" in statistics:
+    rate, density = "", []
+    if "covered_tokens" in statistics:  # not of a merge, which sees no tokens
+        rate = f" ({tokens / max(seconds, 1e-3) / 1e6:.1f} M tokens/s)"
         covered = f"over {100 * statistics['covered_tokens']:.1f} % of its tokens"
         density.append(f"density     {statistics['ngrams_per_sequence']} G-grams in a sequence, {covered}")
     return "\n".join(
         [
-            f"tokens      {tokens:,} in {seconds:.2f} s ({tokens / max(seconds, 1e-3) / 1e6:.1f} M tokens/s)",
+            f"tokens      {tokens:,} in {seconds:.2f} s{rate}",
             f"candidates  {candidates:,}: {kept:,} kept, {rare}",
             f"long runs   {statistics['num_long_pieces']:,} of more than {parameters['max_len']} tokens "
             f"({parameters['long_pieces']})",

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dnazen.files import InputError
-from dnazen.ngram.count import Runs, merge_runs
+from dnazen.ngram.count import Runs, cut_keys, merge_runs
 
 _SAMPLE_KEYS = 1024  # of each process, to cut the keys into ranges by
 
@@ -83,9 +83,7 @@ class Group:
         if self.size == 1:
             return runs
         sample = runs.keys[:: max(1, len(runs.keys) // _SAMPLE_KEYS)].tolist()
-        keys = sorted(sum(self._gather_all(sample), []))
-        bounds = torch.tensor([keys[i * len(keys) // self.size] for i in range(1, self.size)] if keys else [])
-        cuts = torch.searchsorted(runs.keys, bounds.long()) if keys else bounds.new_zeros(self.size - 1).long()
+        cuts = torch.searchsorted(runs.keys, cut_keys(sum(self._gather_all(sample), []), self.size))
         sizes = torch.diff(cuts, prepend=cuts.new_zeros(1), append=cuts.new_full((1,), len(runs.keys)))
         received_sizes = torch.empty_like(sizes)
         self._call(dist.all_to_all_single, received_sizes, sizes)
