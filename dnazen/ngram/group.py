@@ -37,20 +37,16 @@ class Group:
         if self.size == 1:
             yield
             return
-        error, texts = None, []
+        error = None
         try:
             yield
         except (InputError, OSError) as raised:
             error = raised
         if not self._failed:  # else all know
             with contextlib.suppress(InputError) if error else contextlib.nullcontext():
-                texts = self._gather_all(error and str(error))
-            self._failed = self._failed or any(texts)
+                self._gather_all(None, error)
         if error:
             raise error
-        for rank, text in enumerate(texts):
-            if text:
-                raise InputError(f"process {rank} of {self.size} failed: {text}")
 
     def agree(self, what: str, value: str) -> None:
         """InputError in every process if one has another `value` than the first."""
@@ -93,10 +89,16 @@ class Group:
             self._call(dist.all_to_all_single, received[-1], array, received_sizes.tolist(), sizes.tolist())
         return merge_runs([Runs(received[0], received[1], received[2].bool())])
 
-    def _gather_all(self, value: Any) -> list[Any]:
-        values = [None] * self.size
-        self._call(dist.all_gather_object, values, value)
-        return values
+    def _gather_all(self, value: Any, error: Exception | None = None) -> list[Any]:
+        """Every process' value; InputError if another has an error in place of one, wherever it stopped."""
+        entries = [None] * self.size
+        self._call(dist.all_gather_object, entries, (None if error is None else str(error), value))
+        for rank, (text, _) in enumerate(entries):
+            if text is not None:
+                self._failed = True
+                if rank != self.rank:
+                    raise InputError(f"process {rank} of {self.size} failed: {text}")
+        return [value for _, value in entries]
 
     def _call(self, function: Callable, *arguments: Any) -> None:
         try:

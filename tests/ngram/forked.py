@@ -34,8 +34,8 @@ def run_forked(size: int, function: Callable[[int], int | None]) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def run_killed(name: str, *arguments: object) -> None:
-    """Run the command and kill -9 it where it opens the file `name` to write it, or at "os.rename".
+def kill_at(name: str) -> None:
+    """Kill -9 this process where it opens the file `name` to write it, or at "os.rename" where a folder is renamed.
 
     What was written last, before that file, is cut in half.
     """
@@ -48,11 +48,17 @@ def run_killed(name: str, *arguments: object) -> None:
                     os.truncate(path, os.path.getsize(path) // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
             written.append(details[0])
-        elif event == name == "os.rename" and os.path.isdir(details[0]):  # the manifest was renamed before
+        elif event == name == "os.rename" and os.path.isdir(details[0]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def start(rank: int) -> int:
-        sys.addaudithook(watch)
-        return main([str(argument) for argument in arguments])
+    sys.addaudithook(watch)
 
-    assert run_forked(1, start) == [-signal.SIGKILL]
+
+def run_command(size: int, *words: object, before: Callable[[int], None] = lambda rank: None) -> list[int]:
+    """Run the command in `size` processes, each after `before(rank)`; their exit codes, -9 if killed."""
+
+    def start(rank: int) -> int:
+        before(rank)
+        return main([str(word) for word in words])
+
+    return run_forked(size, start)

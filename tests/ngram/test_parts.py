@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from dnazen.cli.main import main
 from dnazen.data.shards import Corpus, build_corpus
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.files import InputError
-from dnazen.ngram import count, parts
+from dnazen.ngram import parts
 from dnazen.ngram.count import NO_RUNS, Runs, cut_keys, merge_runs, take_share
 from dnazen.ngram.parts import build_counts, merge_counts
-from tests.ngram.forked import run_killed
+from tests.ngram.forked import kill_at, run_command
 
 OPTIONS = {"min_pmi": 0.7, "min_pair_count": 4, "max_len": 4, "long_pieces": "split"}
 
@@ -280,7 +281,8 @@ def test_killed_count_leaves_nothing_whole(folder, counted, tmp_path, caplog, ki
 def check_kill(command, tmp_path, at, caplog):
     """Killed, it leaves a hidden folder, which is refused; run again, it removes that and writes what it should."""
     command = [*map(str, command), "--output-dir"]
-    run_killed(at, *command, tmp_path / "out")
+    codes = run_command(1, *command, tmp_path / "out", before=lambda rank: kill_at(at))
+    assert codes == [-signal.SIGKILL]
     (leftover,) = tmp_path.iterdir()
     assert leftover.name.startswith(".out.") and leftover.name.endswith(".tmp")
     if at != "os.rename":
