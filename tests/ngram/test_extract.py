@@ -105,11 +105,16 @@ def test_extraction_equals_slow_extraction(corpus, min_pmi, min_count, min_pair_
     assert found.num_pairs == sum(max(0, len(sequence) - 1) for sequence in sequences)
 
 
-@pytest.mark.parametrize("long_pieces", ["drop", "split"])
-def test_extraction_same_for_any_blocks_and_workers(monkeypatch, long_pieces):
+def make_sequences():
+    """300 sequences made of 40 words of 2 to 8 tokens."""
     rng = np.random.default_rng(0)
     words = [rng.integers(5, 60, rng.integers(2, 9)).tolist() for _ in range(40)]
-    sequences = [sum((words[i] for i in rng.integers(0, 40, 20)), []) for _ in range(300)]
+    return [sum((words[i] for i in rng.integers(0, 40, 20)), []) for _ in range(300)]
+
+
+@pytest.mark.parametrize("long_pieces", ["drop", "split"])
+def test_extraction_same_for_any_blocks_and_workers(monkeypatch, long_pieces):
+    sequences = make_sequences()
     options = dict(vocab_size=64, min_pmi=1.5, long_pieces=long_pieces)
     whole = extract_ngrams([make_shard(sequences)], **options)
     assert len(whole.ngrams) > 20
@@ -118,6 +123,31 @@ def test_extraction_same_for_any_blocks_and_workers(monkeypatch, long_pieces):
     assert extract_ngrams(shards, **options) == whole
     for num_workers in (2, 3):
         assert extract_ngrams(shards, **options, num_workers=num_workers) == whole
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"long_pieces": "split", "min_len": 3}, {"max_len": 2}, {"min_pmi": -9}])
+def test_extraction_same_on_a_gpu(monkeypatch, options):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    monkeypatch.setattr(count, "BLOCK_TOKENS", 1000)
+    shards = [make_shard(make_sequences()), make_shard([[], [5]])]
+    options = dict(vocab_size=64, min_pmi=1.5) | options
+    expected = extract_ngrams(shards, **options)
+    assert len(expected.ngrams) > 20
+    assert extract_ngrams(shards, **options, device="cuda") == expected
+
+
+def test_device_that_cannot_be_used_is_refused(monkeypatch):
+    shards = [make_shard([[5, 6, 7]])]
+    with pytest.raises(InputError, match="device: expected cpu or cuda, found mps"):
+        extract_ngrams(shards, vocab_size=16, device="mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="device: expected a CUDA device for cuda, found none"):
+        extract_ngrams(shards, vocab_size=16, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match="num_workers: expected 1 with device cuda .* found 2"):
+        extract_ngrams(shards, vocab_size=16, device="cuda", num_workers=2)
 
 
 def test_tokens_in_a_file_or_in_a_part_of_one(tmp_path):
