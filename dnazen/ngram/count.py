@@ -116,15 +116,14 @@ def count_runs(
     """
     linked = torch.zeros(1 << 2 * bits, dtype=torch.bool)
     linked[torch.from_numpy(linked_pairs)] = True
-    runs, num_pieces = NO_RUNS, np.zeros(max_len + 2, np.int64)
+    found, num_pieces = [], np.zeros(max_len + 2, np.int64)
     job = _Job(shards, bits, num_workers, _pick_device(device, num_workers), show_progress)
     for arrays, histogram in _run(
         job, "counting candidates", _count_runs, linked, min_len, max_len, long_pieces == "split"
     ):
-        more = Runs(*map(torch.from_numpy, arrays))
-        runs = merge_runs([runs, more]) if len(runs.keys) else more
+        _append_runs(found, Runs(*map(torch.from_numpy, arrays)))
         num_pieces += histogram
-    return runs, num_pieces
+    return merge_runs(found) if len(found) > 1 else found[0], num_pieces
 
 
 def merge_runs(parts: Sequence[Runs]) -> Runs:
@@ -236,20 +235,25 @@ def _count_runs(blocks, job, linked, min_len, max_len, split):
         if min_len == 2:
             is_candidate[codes[starts[sizes == 2]]] = True
         follows = torch.nn.functional.pad(links, (0, 1))
-        places = (follows[:-1] & follows[1:]).nonzero()[:, 0]  # where three tokens or more are linked
+        places, more = (follows[:-1] & follows[1:]).nonzero()[:, 0], []  # where three tokens or more are linked
         for n in range(3, max_len + 1):
             if n >= min_len:
                 pieces = _pack(tokens, starts[sizes == n], n, job.bits)
-                found.append(Runs(pieces, torch.zeros_like(pieces), torch.ones_like(pieces, dtype=torch.bool)))
+                more.append(Runs(pieces, torch.zeros_like(pieces), torch.ones_like(pieces, dtype=torch.bool)))
                 keys = _pack(tokens, places, n, job.bits)
-                found.append(Runs(keys, torch.ones_like(keys), torch.zeros_like(keys, dtype=torch.bool)))
+                more.append(Runs(keys, torch.ones_like(keys), torch.zeros_like(keys, dtype=torch.bool)))
             places = places[follows[places + n - 1]]  # those with one more token linked
-        # Merged when the new ones outgrow the old: all merges together cost as much as a few.
-        if sum(len(runs.keys) for runs in found[1:]) > len(found[0].keys):
-            found = [merge_runs(found)]
+        _append_runs(found, *more)
     pairs = is_candidate.nonzero()[:, 0] | 2 << LENGTH_SHIFT
     found.append(Runs(pairs, torch.zeros_like(pairs), torch.ones_like(pairs, dtype=torch.bool)))
     return [array.cpu().numpy() for array in merge_runs(found)], histogram.cpu().numpy()
+
+
+def _append_runs(found: list[Runs], *more: Runs) -> None:
+    """Add runs to a list, to be merged when the new ones outgrow the first: all merges together cost as much as a few."""
+    found.extend(more)
+    if sum(len(runs.keys) for runs in found[1:]) > len(found[0].keys):
+        found[:] = [merge_runs(found)]
 
 
 def _pack(tokens: torch.Tensor, starts: torch.Tensor, length: int, bits: int) -> torch.Tensor:

@@ -50,6 +50,7 @@ class NgramExtraction:
     num_tokens: int
     num_pairs: int
     num_linked_pairs: int  # distinct
+    num_runs: int  # distinct, of linked pairs: what memory goes by
     num_candidates: int
     num_pieces: dict[int, int]  # runs between delimiters by length in tokens, 2 to max_len
     num_long_pieces: int  # longer runs: dropped or split
@@ -152,6 +153,7 @@ class ChosenRuns(NamedTuple):
     keys: np.ndarray  # int64
     counts: np.ndarray  # int64
     num_candidates: int
+    num_runs: int
 
 
 def choose_runs(runs: Runs, links: Links, min_count: int) -> ChosenRuns:
@@ -159,7 +161,7 @@ def choose_runs(runs: Runs, links: Links, min_count: int) -> ChosenRuns:
     keys, counts = (array[runs.are_candidates].numpy() for array in (runs.keys, runs.counts))
     are_pairs = keys >> LENGTH_SHIFT == 2
     counts[are_pairs] = links.pair_counts[np.searchsorted(links.pairs, keys[are_pairs] & ((1 << LENGTH_SHIFT) - 1))]
-    return ChosenRuns(keys[counts >= min_count], counts[counts >= min_count], len(keys))
+    return ChosenRuns(keys[counts >= min_count], counts[counts >= min_count], len(keys), len(runs.keys))
 
 
 def list_ngrams(parts: Sequence[ChosenRuns], links: Links, num_pieces: np.ndarray) -> NgramExtraction:
@@ -185,6 +187,7 @@ def list_ngrams(parts: Sequence[ChosenRuns], links: Links, num_pieces: np.ndarra
         num_tokens=int(links.token_counts.sum()),
         num_pairs=links.num_pairs,
         num_linked_pairs=len(links.pairs),
+        num_runs=sum(part.num_runs for part in parts),
         num_candidates=sum(part.num_candidates for part in parts),
         num_pieces=dict(enumerate(num_pieces[2:-1].tolist(), 2)),
         num_long_pieces=int(num_pieces[-1]),
