@@ -38,7 +38,7 @@ def mutate(bases: np.ndarray, seed: int, rate: float = 0.1) -> np.ndarray:
 
 
 def measure(*arguments: object) -> dict[str, float]:
-    """Run a `dnazen` command; seconds, processor seconds (also of it without children), and the most memory (MiB, RSS)
+    """Run `dnazen`; seconds, processor seconds (also of it without children), and the most memory (MiB, RSS)
     of it and of a child."""
     command = [sys.executable, "-m", "dnazen.cli.main", *map(str, arguments)]
     process = psutil.Popen(command, stdout=sys.stderr, cwd=ROOT)
@@ -77,7 +77,7 @@ def main() -> None:
     bases = np.frombuffer("N".join(r.sequence for path in args.genomes for r in read_fasta(path)).encode(), np.uint8)
     cores = os.cpu_count()
     device = {"device": f"{processor()}, {cores} cores", "python": platform.python_version()}
-    result = {**device, "corpus": {}, "ngrams": {}}
+    result = {**device, "start": measure("--version"), "corpus": {}, "ngrams": {}, "ngrams_of_shards": {}}
     with tempfile.TemporaryDirectory() as folder:
         files = []
         while 4.9 * args.tokens > len(files) * len(bases):
@@ -107,9 +107,10 @@ def main() -> None:
             rates = {"extraction_seconds": manifest["seconds"], "tokens_per_second_and_core": rate / workers}
             rates |= {"tokens": statistics["num_tokens"], "disk_bytes": size_of(out)}
             rates |= {name: statistics[name] for name in ("num_runs", "num_ngrams")}
+            busy = cost["processor_seconds"] - result["start"]["processor_seconds"]  # with reading and writing
+            rates["tokens_per_processor_second"] = statistics["num_tokens"] / busy
             result["ngrams"][f"{workers} workers"] = cost | rates
             ngrams.add((out / "ngram.json").read_bytes())
-        result["ngrams_of_shards"] = {}
         for kind, options in (("pairs", []), ("runs", ["--pairs", Path(folder) / "pairs-1", Path(folder) / "pairs-2"])):
             for i in (1, 2):
                 out = Path(folder) / f"{kind}-{i}"

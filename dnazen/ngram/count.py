@@ -106,7 +106,7 @@ def count_runs(
 ) -> tuple[Runs, np.ndarray]:
     """Find the runs of `min_len` to `max_len` tokens whose pairs are all linked, and which of them are candidates.
 
-    Memory: 16 MiB for 4,096 tokens and a block per worker, and some 50 bytes for each distinct run.
+    Memory: 16 MiB for 4,096 tokens and a block per worker, and some 70 bytes for each distinct run.
 
     Args:
         linked_pairs: codes of pairs, as in `PairCounts`.
