@@ -67,7 +67,8 @@ def load_motifs(path: str | PathLike) -> list[Motif]:
     for record in records:
         motif = _parse(path, record, form)
         if motif.motif_id in motifs:
-            raise InputError(f"{path}: line {record.line}: expected a motif of another name, found {motif.motif_id} again")
+            found = f"found {motif.motif_id} again"
+            raise InputError(f"{path}: line {record.line}: expected a motif of another name, {found}")
         motifs[motif.motif_id] = motif
     if not motifs:
         raise InputError(f"{path}: expected motifs, found none")

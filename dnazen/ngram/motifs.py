@@ -3,25 +3,28 @@
 *Score.* The bases of a G-gram against a motif's log-odds (bits, over the G-grams' own base composition, the same for
 both strands), at every offset, on both strands. G-grams have some ten bases, motifs up to thirty, so a motif may stand
 out at either end, as long as half of its information lies on the G-gram; the rest counts nothing. A G-gram *matches*
-where those columns score as high as one place in a thousand of random sequence would. Motifs that are too short or vague
-for that match nothing, and are counted.
+where those columns score as high as one place in a thousand of random sequence would. Motifs that are too short or
+vague for that match nothing, and are counted.
 
 *Unit.* G-grams that spell the same bases, on either strand, count once.
 
-*Null.* Each spelling is shuffled by itself with all its pairs of neighbouring bases kept (Altschul and Erickson 1985): what
-repeats and base composition alone explain is no finding. Short spellings have few such shuffles, which makes the test
-conservative, never wrong. With R sets of shuffles no p-value is below 1 / (R + 1).
+*Null.* Each spelling is shuffled by itself with all its pairs of neighbouring bases kept (Altschul and Erickson 1985):
+what repeats and base composition alone explain is no finding. Short spellings have few such shuffles, which makes the
+test conservative. With R sets of shuffles no p-value is below 1 / (R + 1).
 
 *Correction.* For hundreds of motifs Bonferroni or Benjamini-Hochberg would need R in the tens of thousands. The
-family-wise p-value of Westfall and Young (1993, single-step maxT) does not: it is the share of sets, with the real one, whose
-most enriched motif is at least as enriched as this one. Enrichment is `2 (sqrt(matches + 3/8) - sqrt(expected + 3/8))`,
-whose spread is about 1 for rare and for frequent motifs alike. Similar motifs need no care: they share the shuffles.
+family-wise p-value of Westfall and Young (1993, single-step maxT) does not: it is the share of sets, the real one among
+them, whose most enriched motif is at least as enriched as this one. Enrichment is `2 (sqrt(matches + 3/8) -
+sqrt(expected + 3/8))`, whose spread is about 1 for rare and for frequent motifs alike. Similar motifs need no care:
+they share the shuffles.
 
-*What it does not say.* G-grams share tokens, so one token that spells a motif can bring many matches. The table names
-the token that most matches lie on, and how many.
+*What it does not say.* G-grams share tokens, and are shuffled apart: one token that spells a motif brings many matches,
+as if each were evidence of its own. The table names the token that most matches lie on, and how many. The p-value
+of a single match is not corrected for anything.
 """
 
 import csv
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,8 +80,8 @@ def score_motifs(
 ) -> MotifEnrichment:
     """Match different spellings of A, C, G, T against motifs, and their shuffles too; see the module.
 
-    Memory: the tables of one length of spelling (some MB for a thousand motifs), a chunk of 2,048 spellings with their shuffles,
-    and some 30 bytes for each match. The result depends on `seed` and on the order of the spellings.
+    Memory: the tables of one length of spelling, a chunk of 2,048 spellings against them (some 100 MB for a thousand
+    motifs), and some 30 bytes for each match. The result depends on `seed` and on the order of the spellings.
 
     Raises:
         InputError: no spelling or motif; fewer than 1 shuffle.
@@ -177,8 +180,8 @@ def column_information(motif: Motif) -> np.ndarray:
 def shuffle_bases(codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Shuffle each row of `codes [n, L]` (0 to 3): uniform among all rows with the same pairs of neighbours.
 
-    Such a row begins and ends with the same base. It is an Eulerian path: from each base but the last, the last way out is
-    drawn such that these lead to the end (drawn anew where not); the other ways out follow each other at random.
+    Such a row begins and ends with the same base. It is an Eulerian path: from each base but the last, the last way
+    out is drawn such that these lead to the end (drawn anew where not); the other ways out follow each other at random.
     """
     n, length = codes.shape
     if length < 4:
@@ -306,8 +309,8 @@ def build_motifs(
 ) -> MotifReport:
     """Compare G-grams with the motifs of a file (see `load_motifs`); write tables and logos into a folder.
 
-    `motifs.tsv` has a row for each motif, `matches.tsv` the best 20 matches of each, `logos.png` the most enriched ones,
-    `manifest.json` what was read and drawn.
+    `motifs.tsv` has a row for each motif, `matches.tsv` the best 20 matches of each, `logos.png` the most enriched
+    ones, `manifest.json` what was read and drawn.
 
     Raises:
         InputError: see `open_ngrams`, `load_motifs` and `score_motifs`.
@@ -329,9 +332,9 @@ def build_motifs(
     rows, listed = [], []
     for number in order:
         found, motif = by_motif[number], known[number]
-        best = [_describe(matches, i, spellings, by_spelling, motif) for i in found[:_LISTED_MATCHES]]
-        cores = Counter(_describe(matches, i, spellings, by_spelling, motif)["core_token"] for i in found)
-        (core, core_hits), *_ = cores.most_common(1) or [("", 0)]
+        described = [_describe(matches, i, spellings, by_spelling, motif) for i in found]
+        best = described[:_LISTED_MATCHES]
+        (core, core_hits), *_ = Counter(match["core_token"] for match in described).most_common(1) or [("", 0)]
         rows.append(
             {
                 "motif": motif.motif_id,
@@ -362,7 +365,8 @@ def build_motifs(
             "ngrams": {"path": str(ngrams), "checksum": vocabulary.checksum, "num_ngrams": report.num_ngrams},
             "tokenizer_checksum": tokenizer_checksum(loaded_tokenizer),
             "motifs": {"path": str(motifs), "sha256": sha256_file(motifs), "num_motifs": len(known)},
-            "parameters": {"shuffles": shuffles, "seed": seed, "match_tail": MATCH_TAIL, "min_information": MIN_INFORMATION},
+            "parameters": {"shuffles": shuffles, "seed": seed},
+            "thresholds": {"match_tail": MATCH_TAIL, "min_information": MIN_INFORMATION},
             "statistics": {"num_spellings": report.num_spellings, "num_unmatchable": report.num_unmatchable},
         }
         write_json(directory / MANIFEST_FILE, manifest)
@@ -379,7 +383,7 @@ def summarize(report: MotifReport) -> str:
         f"{1 / (report.num_shuffles + 1):.3g}, with {report.num_shuffles:,} shuffles)",
         "most enriched: matches, expected, family-wise p-value, motif, best G-gram, matches on one token",
     ]
-    for row in report.rows[:10]:
+    for row in itertools.islice(filter(lambda row: row["matches"], report.rows), 10):
         lines.append(
             f"{row['matches']:>8,} {float(row['expected']):9.1f} {float(row['adjusted_p_value']):7.3f}  "
             f"{row['motif']} {row['name']}: {row['best_ngram']}, {row['core_token_matches']:,} on {row['core_token']}"

@@ -1,4 +1,4 @@
-"""Statistics of the G-grams in data sets: the columns of the paper's Appendix A, its Figure 2, and what else to look at.
+"""Statistics of the G-grams in data sets: the columns of the paper's Appendix A, its Figure 2, and more.
 
 How the columns are read. An instance is a row of a CSV file or a sequence of a corpus, whole: nothing is truncated and
 no limit of G-grams per sequence is applied (the paper's 127 G-grams in a SARS-CoV-2 instance exceed the published
@@ -250,8 +250,9 @@ def _write_tables(
     with open(directory / "ngrams.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "tokens", "bases", "length", "pmi", *statistics.counts])
-        columns = zip(*statistics.counts.values(), strict=True)
-        for ngram_id, ngram, pmi, counts in zip(vocabulary.ids, vocabulary.ngrams, statistics.pmis, columns, strict=True):
+        counts_of_ngrams = zip(*statistics.counts.values(), strict=True)
+        columns = vocabulary.ids, vocabulary.ngrams, statistics.pmis, counts_of_ngrams
+        for ngram_id, ngram, pmi, counts in zip(*columns, strict=True):
             tokens = tokenizer.convert_ids_to_tokens(ngram)
             bits = "" if np.isnan(pmi) else f"{pmi:.4f}"
             writer.writerow([ngram_id, " ".join(tokens), "".join(tokens), len(ngram), bits, *counts])

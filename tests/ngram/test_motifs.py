@@ -1,4 +1,4 @@
-"""`dnazen ngrams motifs`: files of motifs, shuffles, matches against plain Python, and TATA boxes in human promoters."""
+"""`dnazen ngrams motifs`: files of motifs, shuffles, matches against plain Python, TATA boxes in human promoters."""
 
 import collections
 import csv
@@ -49,7 +49,8 @@ FORMATS = {"jaspar": ("", jaspar), "transfac": ("", transfac), "meme": (MEME_HEA
 
 
 def random_motif(rng: np.random.Generator, width: int) -> Motif:
-    return Motif(f"M{width}", "random", np.round(400 * rng.dirichlet([0.2] * 4, width)) + rng.integers(0, 2, (width, 4)))
+    counts = np.round(400 * rng.dirichlet([0.2] * 4, width)) + rng.integers(0, 2, (width, 4))
+    return Motif(f"M{width}", "random", counts)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ def test_real_files_are_read_whole(shared_data):
         (MEME_HEAD + meme("a", "b", TATA).replace("0.041131", "x"), "line 7: not a motif in minimal format"),
         (MEME_HEAD + meme("a", "b", TATA) + meme("a", "b", TATA), "line 19: expected a motif of another name, found a"),
         (jaspar("a", "b", TATA).replace("360", ""), "line 1: not a motif in jaspar format: .*inconsistent lengths"),
-        (jaspar("z", "z", TATA) + jaspar("a", "b", TATA).rsplit("\n", 2)[0], "line 6: motif a: expected a matrix, found"),
+        (jaspar("z", "z", TATA) + jaspar("a", "b", TATA).rsplit("\n", 2)[0], "line 6: motif a: expected a matrix"),
         (jaspar("a", "b", TATA) + "T  [ 1 2 3 ]\n", "line 1: motif a: expected a matrix of 4 rows, found 5"),
         (jaspar("a", "b", TATA).replace("360", "-360"), "line 1: motif a: expected counts of 0 or more"),
         (jaspar("a", "b", TATA).replace("360", "nan"), "line 1: motif a: expected counts of 0 or more"),
@@ -356,7 +357,7 @@ def test_refusals_leave_nothing_behind(ngrams_dir, tmp_path, capsys):
 
 
 def test_tata_boxes_in_human_core_promoters(shared_data, tmp_path):
-    """Paper, section 4.5. G-grams of TATA promoters match TBP's motif more than their shuffles; other promoters' do not."""
+    """Paper, section 4.5: G-grams of TATA promoters match TBP's motif more than shuffles do; other promoters' do not."""
     gue, tokenizer = shared_data / "gue" / "prom", load_tokenizer(shared_data / "tokenizer")
 
     def read(name: str) -> list[str]:
