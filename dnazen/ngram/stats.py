@@ -9,6 +9,7 @@ instance is one G-gram there, as it is for the model. "Distinct" is how many dif
 
 import csv
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
@@ -30,6 +31,7 @@ from dnazen.ngram.vocab import MANIFEST_FILE, NgramVocabulary, open_ngrams
 
 _BATCH_SEQUENCES = 2048  # at most; and
 _BATCH_TOKENS = 1 << 18  # about so many tokens, whose matches take some 30 MB
+_CSV = re.compile(r".+\.csv(\.(gz|bz2|xz|zst))?")
 _SPLIT_ORDER = ("train", "dev", "validation", "test")
 _HEATMAP_NGRAMS = 60
 _TABLE_HEADER = ("data set", "split", "instances", "tokens", "total", "distinct", "average", "covered")
@@ -86,7 +88,7 @@ def find_sources(paths: Sequence[str | PathLike]) -> list[Source]:
         if (path / MANIFEST_FILE).is_file():
             sources += [Source(path.name, path.name, split, path) for split in SPLITS]
         elif path.is_dir():
-            files = sorted(file for suffix in ("*.csv", "*.csv.*") for file in path.rglob(suffix))
+            files = sorted(file for file in path.rglob("*.csv*") if _CSV.fullmatch(file.name))
             if not files:
                 raise InputError(f"{path}: expected CSV files in this folder (.csv, .csv.gz), or a corpus, found none")
             for file in files:

@@ -63,6 +63,7 @@ def data_dir(tmp_path):
     for seed, (name, size) in enumerate({"tf/0": 50, "tf/1": 30, "mouse/0": 40}.items()):
         write_csv(tmp_path / "gue" / name / "train.csv", make_sequences(seed, size))
         write_csv(tmp_path / "gue" / name / "test.csv.gz", make_sequences(seed + 10, size // 2))
+    (tmp_path / "gue" / "tf" / "0" / "train.csv.md5").write_text("no table")
     return tmp_path / "gue"
 
 
