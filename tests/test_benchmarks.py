@@ -187,7 +187,8 @@ def test_rehearsal_by_hand():
     job = {"processor_seconds": 21.0, "processor_seconds_of_the_first": 3.0, "peak_mib": 512, "disk_bytes": 10**9}
     job["peak_mib_of_a_child"] = 256
     corpus = {"1 workers": {}, "2 workers": {**job, "bases": 10**9}}
-    measured = {"start": {"processor_seconds": 1.0}, "corpus": corpus, "ngrams": {"2 workers": {**job, "num_runs": 10**6}}}
+    ngrams = {"2 workers": {**job, "num_runs": 10**6}}
+    measured = {"start": {"processor_seconds": 1.0}, "corpus": corpus, "ngrams": ngrams}
     found = rehearsal.extrapolate(measured, 4, 1e10)
     assert found["corpus"]["seconds"] == 1 + max(10 * 2, 10 * 18 / 4)
     assert rehearsal.extrapolate(measured, 96, 1e10)["corpus"]["seconds"] == 1 + 10 * 2

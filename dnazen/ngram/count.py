@@ -251,7 +251,7 @@ def _count_runs(blocks, job, linked, min_len, max_len, split):
 
 
 def _append_runs(found: list[Runs], *more: Runs) -> None:
-    """Add runs to a list, to be merged when the new ones outgrow the first: all merges together cost as much as a few."""
+    """Add runs to a list, and merge it when the new ones outgrow the first: all merges together cost as a few."""
     found.extend(more)
     if sum(len(runs.keys) for runs in found[1:]) > len(found[0].keys):
         found[:] = [merge_runs(found)]
