@@ -107,12 +107,11 @@ def build_counts(
             arrays |= {f"run_{name}": array.numpy() for name, array in runs._asdict().items()}
         else:
             arrays = count_pairs(share, vocab_size=len(tokenizer), **options)._asdict()
-        manifest["files"] = {}
+        manifest |= {"seconds": round(time.perf_counter() - start, 3), "files": {}}
         for name, array in arrays.items():
             np.save(directory / f"{name}.npy", array)
             manifest["files"][name] = sha256_file(directory / f"{name}.npy")
         save_tokenizer(tokenizer, directory / "tokenizer")
-        manifest["seconds"] = round(time.perf_counter() - start, 3)
         manifest["checksum"] = _digest(manifest)
         write_json(directory / MANIFEST_FILE, manifest)
     return manifest
