@@ -242,7 +242,10 @@ def _link_all(
     if manifest["corpus_checksum"] not in corpora:
         found = f"{manifest['corpus']}, whose pairs are in none of {', '.join(map(str, paths))}"
         raise InputError(f"expected a corpus whose pairs were counted, found {found}")
-    table = PairCounts(*(sum(np.asarray(part.arrays[name]) for part in parts) for name in PairCounts._fields))
+    table = PairCounts(*(np.zeros(len(parts[0].arrays[name]), np.int64) for name in PairCounts._fields))
+    for part in parts:
+        for name, total in table._asdict().items():
+            total += read_slice(part.arrays[name], 0, len(total))
     return link_pairs(table, thresholds["min_pmi"], thresholds["min_pair_count"]), corpora
 
 
