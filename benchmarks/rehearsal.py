@@ -2,10 +2,10 @@
 
     python -m benchmarks.rehearsal
 
-Reads `results/scale-*.json` (of `benchmarks.scale`) and prints a table for each. Work is taken to grow with the bases, and
-to be shared by all cores but for what the first process does. That is more than it will be where things repeat: G-grams
-and distinct runs of linked pairs become rarer, the more has been seen. What is not in it: disks slower than the cores,
-and memory bandwidth, which 96 cores share.
+Reads `results/scale-*.json` (of `benchmarks.scale`) and prints a table for each. Work is taken to grow with the bases,
+and to be shared by all cores but for what the first process does. For G-grams and distinct runs of linked pairs that is
+more than it will be: new ones become rarer, the more has been seen. What is not in it: disks slower than the cores, and
+memory bandwidth, which 96 cores share.
 """
 
 import json
@@ -61,10 +61,8 @@ def table(measured: dict[str, Any]) -> str:
     for name, text in names.items():
         for cores in CORES:
             job = extrapolate(measured, cores)[name]
-            minutes = f"{job['seconds'] / 60:.0f} min"
-            lines.append(
-                f"| {text} | {cores} | {minutes} | {job['first']:.1f} GiB | {job['all']:.0f} GiB | {job['disk']:.1f} GB |"
-            )
+            memory = f"{job['first']:.1f} GiB | {job['all']:.0f} GiB"
+            lines.append(f"| {text} | {cores} | {job['seconds'] / 60:.0f} min | {memory} | {job['disk']:.1f} GB |")
     return "\n".join(lines)
 
 

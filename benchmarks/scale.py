@@ -3,8 +3,8 @@
     python -m benchmarks.scale --genomes sacCer3.fa.gz hg38_1m.fa.gz ... --tokenizer DIR
 
 Repeats the genomes, each time with a tenth of their bases drawn anew, as one-line FASTA files in a temporary folder (6
-bytes a token in all), and runs `dnazen corpus` and `dnazen ngrams` on them, with 1 and with all cores, and `dnazen ngrams
-count` and `merge` on two shards. Also builds a corpus from one record of 250 million bases on a single line. Writes
+bytes a token in all), and runs `dnazen corpus` and `dnazen ngrams` on them, with 1 and with all cores, and `dnazen
+ngrams count` and `merge` on two shards. Also builds a corpus from one record of 250 million bases on one line. Writes
 `benchmarks/results/scale-<machine>-<cores>-cores.json`.
 """
 
@@ -114,7 +114,8 @@ def main() -> None:
         for kind, options in (("pairs", []), ("runs", ["--pairs", Path(folder) / "pairs-1", Path(folder) / "pairs-2"])):
             for i in (1, 2):
                 out = Path(folder) / f"{kind}-{i}"
-                cost = measure("ngrams", "count", "--corpus", corpus, "--shard", f"{i}/2", "--output-dir", out, *options)
+                words = ["--corpus", corpus, "--shard", f"{i}/2", "--output-dir", out, *options]
+                cost = measure("ngrams", "count", *words)
                 result["ngrams_of_shards"][f"{kind} of shard {i} of 2"] = cost | {"disk_bytes": size_of(out)}
         out = Path(folder) / "merged"
         cost = measure("ngrams", "merge", "--counts", *Path(folder).glob("runs-*"), "--output-dir", out)

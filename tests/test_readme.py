@@ -43,6 +43,8 @@ def run(line: str, folder: Path) -> str:
         words[1:1] = ["--master_port", str(free_port())]
         if "--hostfile" in words:  # this machine may have no ssh server
             words[1:1] = ["--no_ssh_check", "--master_addr", "127.0.0.1"]
+    if words[0] == "torchrun":
+        words[1:1] = ["--master_port", str(free_port())]
     words = ["small.json" if word == "base" else word for word in words]
     result = subprocess.run(
         words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600

@@ -1,5 +1,7 @@
 """From token sequences to a packed, matched and masked batch."""
 
+import copy
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch
 from dnazen.data.shards import TokenSplit
 from dnazen.ngram.vocab import NgramVocabulary
-from dnazen_kernels.ngram_masking import ngram_masking
+from dnazen_kernels.ngram_masking import IGNORE_INDEX, ngram_masking
 from dnazen_kernels.ngram_matching import ngram_matching
+from dnazen_kernels.ngram_matching.table import MAX_LENGTH, MIN_LENGTH
 
 
 class Masking(NamedTuple):
@@ -36,8 +39,19 @@ def masking_uniforms(seed: int, epoch: int, sequence: int, length: int) -> np.nd
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, sequence, epoch])).random((length, 3))
 
 
+class Capacity(NamedTuple):
+    """Room in a batch made on a device, where the host does not wait to learn how much is needed."""
+
+    ngrams: int  # before masking
+    edges: int
+    masked: int  # tokens
+
+
 class PackedCollator:
     """Packs token sequences end to end, finds their G-grams and masks them.
+
+    `pack` is for the host; `match_and_mask` runs where its input lies, and does not make the host wait if it is given a
+    capacity. Calling the collator does both.
 
     Args:
         tokenizer: for the ids of the special tokens.
@@ -61,16 +75,28 @@ class PackedCollator:
         self.masking, self.use_ngrams = masking, use_ngrams
         self.num_dropped = 0
 
+    def to(self, device: torch.device | str) -> "PackedCollator":
+        """The collator with its tables on another device."""
+        moved = copy.copy(self)
+        moved.table, moved.ordinary_ids = self.table.to(device), self.ordinary_ids.to(device)
+        return moved
+
     def __call__(
+        self, sequences: list[np.ndarray], sequence_ids: np.ndarray | None = None, epoch: int = 0
+    ) -> dict[str, torch.Tensor | int]:
+        """`pack`, then `match_and_mask`; G-grams cut by the vocabulary's cap are counted in `num_dropped`."""
+        batch, cut = self.match_and_mask(**self.pack(sequences, sequence_ids, epoch))
+        self.num_dropped = int(cut[0])
+        return batch
+
+    def pack(
         self, sequences: list[np.ndarray], sequence_ids: np.ndarray | None = None, epoch: int = 0
     ) -> dict[str, torch.Tensor | int]:
         """Pack `sequences` (token ids without special tokens); `sequence_ids` and `epoch` key the masking.
 
         Returns:
-            The packed batch: `input_ids [T]`, `cu_seqlens [B+1]`, `max_seqlen`, `ngram_input_ids [N]`,
-            `ngram_cu_seqlens [B+1]`, `max_ngrams`, both CSR views of the matching matrix, and, if masking, `labels [T]`
-            and the indices of the masked tokens in them, `masked_positions`.
-            G-grams cut by the vocabulary's cap are counted in `num_dropped`, for this batch.
+            `input_ids [T]`, `cu_seqlens [B+1]`, `max_seqlen`, and, if masking, `ordinary [T]`, False at special tokens,
+            and `random [T, 3]`.
         """
         lengths = np.array([len(sequence) + SPECIAL_TOKENS_PER_SEQUENCE for sequence in sequences], dtype=np.int64)
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -80,37 +106,82 @@ class PackedCollator:
         ordinary[cu_seqlens[:-1]] = ordinary[cu_seqlens[1:] - 1] = False
         if len(sequences):
             input_ids[ordinary] = np.concatenate(sequences)
-
-        tokens, starts = torch.from_numpy(input_ids), torch.from_numpy(cu_seqlens)
-        matches = ngram_matching(tokens, starts, self.table, self.max_ngrams)
-        self.num_dropped = int(matches.counts[2])
-        fields = matches._asdict()
-        del fields["counts"]
-        batch: dict[str, Any] = {"input_ids": tokens, **fields}
+        packed: dict[str, Any] = {"input_ids": torch.from_numpy(input_ids), "cu_seqlens": torch.from_numpy(cu_seqlens)}
+        packed["max_seqlen"] = int(lengths.max(initial=0))
         if self.masking is not None:
             random = [
                 masking_uniforms(self.masking.seed, epoch, int(sequence), int(length))
                 for sequence, length in zip(sequence_ids, lengths, strict=True)
             ]
+            packed["ordinary"] = torch.from_numpy(ordinary)
+            packed["random"] = torch.from_numpy(np.concatenate(random))
+        return packed
+
+    def match_and_mask(
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        ordinary: torch.Tensor | None = None,
+        random: torch.Tensor | None = None,
+        *,
+        capacity: Capacity | None = None,
+        impl: str = "auto",
+    ) -> tuple[dict[str, torch.Tensor | int], torch.Tensor]:
+        """Find the G-grams of what `pack` returned, and mask.
+
+        Args:
+            capacity: None for tensors as large as needed, which a device has to be waited for. Else their sizes follow
+                from it: behind the G-grams come some that belong to no sequence and cover no token; behind
+                `masked_positions` come zeros, where nothing is masked; and `max_ngrams` is a bound. What there is no
+                room for is left out.
+            impl: of the operators.
+
+        Returns:
+            The packed batch: `input_ids [T]`, `cu_seqlens [B+1]`, `max_seqlen`, `ngram_input_ids [N]`,
+            `ngram_cu_seqlens [B+1]`, `max_ngrams`, both CSR views of the matching matrix, and, if masking, `labels [T]`
+            and the indices of the masked tokens in them, `masked_positions`; and what was left out, `[2]`: G-grams (by
+            the vocabulary's cap or for want of room) and labels.
+        """
+        room = None if capacity is None else (capacity.ngrams, capacity.edges)
+        matches = ngram_matching(input_ids, cu_seqlens, self.table, self.max_ngrams, capacity=room, impl=impl)
+        fields = matches._asdict()
+        num_dropped = fields.pop("counts")[2:].sum()
+        num_unlabelled = torch.zeros_like(num_dropped)
+        batch: dict[str, Any] = {"input_ids": input_ids, **fields}
+        if self.masking is not None:
             masked = ngram_masking(
-                ordinary=torch.from_numpy(ordinary),
-                random=torch.from_numpy(np.concatenate(random)),
+                ordinary=ordinary,
+                random=random,
                 **batch,
                 mlm_probability=self.masking.mlm_probability,
                 mask_token_id=self.mask_token_id,
                 ordinary_ids=self.ordinary_ids,
                 whole_ngram=self.masking.whole_ngram,
+                impl=impl,
             )
-            batch = masked.trimmed()._asdict()
+            batch = (masked.trimmed() if capacity is None else masked)._asdict()
             del batch["counts"]
-            # found here: on a GPU their number would have to be waited for
-            batch["masked_positions"] = (batch["labels"] != -100).nonzero().squeeze(1)
+            # found here, for in the model their number would have to be waited for
+            is_masked = batch["labels"] != IGNORE_INDEX
+            if capacity is None:
+                batch["masked_positions"] = is_masked.nonzero().squeeze(1)
+            else:
+                number = is_masked.cumsum(0)
+                batch["labels"] = batch["labels"].masked_fill(number > capacity.masked, IGNORE_INDEX)
+                wanted = torch.arange(1, capacity.masked + 1, device=number.device)
+                positions = torch.searchsorted(number, wanted)
+                batch["masked_positions"] = positions.masked_fill(positions == len(number), 0)
+                num_unlabelled = (number[-1] - capacity.masked).clamp(min=0)
         if not self.use_ngrams:
             batch = without_ngrams(batch)
-        batch["cu_seqlens"] = starts
-        batch["max_seqlen"] = int(lengths.max(initial=0))
-        batch["max_ngrams"] = int(batch["ngram_cu_seqlens"].diff().max())
-        return batch
+        batch["cu_seqlens"], batch["max_seqlen"] = cu_seqlens, max_seqlen
+        if capacity is None:
+            batch["max_ngrams"] = int(batch["ngram_cu_seqlens"].diff().max())
+        else:  # one of each length from each token at most
+            most = max(1, min(capacity.ngrams, (MAX_LENGTH - MIN_LENGTH + 1) * max_seqlen))
+            batch["max_ngrams"] = most if self.max_ngrams is None else min(most, self.max_ngrams)
+        return batch, torch.stack([num_dropped, num_unlabelled])
 
 
 def without_ngrams(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -121,14 +192,39 @@ def without_ngrams(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class PackedDataset(Dataset):
-    """Packed batches of a corpus split, indexed by `MicroBatch`; each with its count of G-grams cut by the cap."""
+    """Packed batches of a corpus split, indexed by `MicroBatch`; each with its count of G-grams cut by the cap.
 
-    def __init__(self, split: TokenSplit, collator: PackedCollator):
-        self.split, self.collator = split, collator
+    Args:
+        split: the sequences.
+        collator: makes the batches.
+        match: False to leave them as `PackedCollator.pack` makes them.
+    """
+
+    def __init__(self, split: TokenSplit, collator: PackedCollator, match: bool = True):
+        self.split, self.collator, self.match = split, collator, match
 
     def __getitem__(self, micro_batch: MicroBatch) -> tuple[dict[str, torch.Tensor | int], int]:
         sequences = [self.split[index] for index in micro_batch.sequences]
+        if not self.match:
+            return self.collator.pack(sequences, micro_batch.sequences, micro_batch.epoch), 0
         return self.collator(sequences, micro_batch.sequences, micro_batch.epoch), self.collator.num_dropped
+
+
+def measure_capacity(dataset: PackedDataset, micro_batches: Iterable[MicroBatch], multiple: int = 64) -> Capacity:
+    """Room for batches like these: what the fullest of them need, a quarter more, and up to a multiple.
+
+    Among a few dozen batches the fullest is close to the fullest there is, unless a genome is very uneven (tandem
+    repeats); what then does not fit is counted by `PackedCollator.match_and_mask`.
+    """
+    plain = copy.copy(dataset.collator)
+    plain.masking, plain.use_ngrams = None, True
+    needs = [(0, 0, 0)]
+    for micro_batch in micro_batches:
+        batch = plain([dataset.split[index] for index in micro_batch.sequences])
+        num_masked = len(dataset[micro_batch][0]["masked_positions"])
+        needs.append((len(batch["ngram_input_ids"]), len(batch["token_ngrams"]), num_masked))
+    most = np.array(needs).max(0)
+    return Capacity(*(int(-(-need * 5 // 4) // multiple + 1) * multiple for need in most))
 
 
 def calibrate_mlm_probability(dataset: PackedDataset, target: float, max_tokens: int = 200_000) -> float:

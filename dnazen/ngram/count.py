@@ -10,6 +10,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -250,7 +251,7 @@ def _count_runs(blocks, job, linked, min_len, max_len, split):
 
 
 def _append_runs(found: list[Runs], *more: Runs) -> None:
-    """Add runs to a list, to be merged when the new ones outgrow the first: all merges together cost as much as a few."""
+    """Add runs to a list, and merge it when the new ones outgrow the first: all merges together cost as a few."""
     found.extend(more)
     if sum(len(runs.keys) for runs in found[1:]) > len(found[0].keys):
         found[:] = [merge_runs(found)]
@@ -300,6 +301,8 @@ def _run(job: _Job, what: str, function: Callable, *arguments: Any) -> Iterator[
                     show()
                     while ended:
                         yield ended.pop().result()
+        except BrokenProcessPool as error:
+            raise InputError("a worker was killed, perhaps for want of memory: lower num_workers") from error
         finally:
             torch.set_num_threads(num_threads)
 

@@ -3,9 +3,9 @@
 A delimiter goes between two neighbours whose pair is rare or has a low PMI; other pairs are linked. The runs between
 delimiters are the candidates. Whether a pair is linked depends on its two tokens alone, so every occurrence of a
 candidate lies in a run of linked pairs, and after the pairs are counted only such runs need a look.
-Everything streams over blocks of whole sequences, in two passes (`dnazen.ngram.count`): pairs; then candidates, together
-with the occurrences of all that could be one. A candidate of two tokens occurs as often as its pair, which the first
-pass has counted.
+Everything streams over blocks of whole sequences, in two passes (`dnazen.ngram.count`): pairs; then candidates,
+together with the occurrences of all that could be one. A candidate of two tokens occurs as often as its pair, which the
+first pass has counted.
 """
 
 import contextlib

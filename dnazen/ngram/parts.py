@@ -4,6 +4,8 @@ The first count of every part is of pairs. The second needs the pairs of all par
 the runs of linked pairs. Those are merged, one range of keys after the other.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from os import PathLike
@@ -105,19 +107,17 @@ def build_counts(
             arrays |= {f"run_{name}": array.numpy() for name, array in runs._asdict().items()}
         else:
             arrays = count_pairs(share, vocab_size=len(tokenizer), **options)._asdict()
-        manifest["files"] = {}
+        manifest |= {"seconds": round(time.perf_counter() - start, 3), "files": {}}
         for name, array in arrays.items():
             np.save(directory / f"{name}.npy", array)
             manifest["files"][name] = sha256_file(directory / f"{name}.npy")
         save_tokenizer(tokenizer, directory / "tokenizer")
-        manifest["seconds"] = round(time.perf_counter() - start, 3)
+        manifest["checksum"] = _digest(manifest)
         write_json(directory / MANIFEST_FILE, manifest)
     return manifest
 
 
-def merge_counts(
-    paths: Sequence[str | PathLike], output_dir: str | PathLike, *, min_count: int = 5
-) -> dict[str, Any]:
+def merge_counts(paths: Sequence[str | PathLike], output_dir: str | PathLike, *, min_count: int = 5) -> dict[str, Any]:
     """Write the G-grams of all parts together, as `build_ngrams` does for one corpus; returns the manifest.
 
     Args:
@@ -159,13 +159,17 @@ def summarize(manifest: dict[str, Any]) -> str:
     """What a person wants to know of a part's counts, in lines of text."""
     tokens, seconds = manifest["num_tokens"], manifest["seconds"]
     share = "of shard {}/{} ".format(*manifest["shard"]) if manifest["shard"][1] > 1 else ""
-    what = "runs of linked pairs, to be merged" if manifest["kind"] == "runs" else "pairs, for --pairs of the next count"
+    texts = {"pairs": "pairs, for --pairs of the next count", "runs": "runs of linked pairs, to be merged"}
     rate = f"{tokens / max(seconds, 1e-3) / 1e6:.1f} M tokens/s"
-    return f"tokens      {tokens:,} {share}in {seconds:.2f} s ({rate})\ncounted     {what}"
+    return f"tokens      {tokens:,} {share}in {seconds:.2f} s ({rate})\ncounted     {texts[manifest['kind']]}"
 
 
 _LINKS = ("token_counts", "pairs", "pair_counts")  # files of a part with runs, in the order of `Links`
 _FILES = {"pairs": PairCounts._fields, "runs": (*_LINKS, *(f"run_{name}" for name in Runs._fields))}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 class _Part:
@@ -185,6 +189,8 @@ class _Part:
                 f"{self.path}: expected {expected} ({FORMAT} of version {FORMAT_VERSION}, {kind}), found "
                 f"{found[0]} of version {found[1]}, {found[2]}"
             )
+        if self.manifest.pop("checksum", None) != _digest(self.manifest):
+            raise InputError(f"{self.path / MANIFEST_FILE}: altered; its checksum is not its own")
         self.arrays = {}
         for name in _FILES[kind]:
             file = self.path / f"{name}.npy"
@@ -192,8 +198,8 @@ class _Part:
                 if sha256_file(file) != self.manifest["files"][name]:
                     raise InputError(f"{file}: cut short or altered; its SHA-256 is not the one in {MANIFEST_FILE}")
                 self.arrays[name] = np.load(file, mmap_mode="r")
-            except (KeyError, TypeError, FileNotFoundError) as error:
-                raise InputError(f"{file}: missing here or in {MANIFEST_FILE}") from error
+            except FileNotFoundError as error:
+                raise InputError(f"{file}: no such file; these counts are not whole") from error
         self.tokenizer = load_tokenizer(self.path / "tokenizer")
         if tokenizer_checksum(self.tokenizer) != self.manifest["tokenizer_checksum"]:
             raise InputError(f"{self.path / 'tokenizer'}: altered; it is not the tokenizer that was counted with")
@@ -230,13 +236,16 @@ def _join(parts: Sequence[_Part]) -> list[str]:
 def _link_all(
     paths: Sequence[str | PathLike], manifest: dict[str, Any], thresholds: dict[str, Any]
 ) -> tuple[Links, list[str]]:
-    """The pairs linked in all parts together, and the parts' corpora, among them that of the manifest."""
+    """The pairs linked in all parts together, and the parts' corpora, which that of the manifest must be among."""
     parts = [_Part(path, "pairs") for path in paths]
     corpora = _join(parts)
     if manifest["corpus_checksum"] not in corpora:
         found = f"{manifest['corpus']}, whose pairs are in none of {', '.join(map(str, paths))}"
         raise InputError(f"expected a corpus whose pairs were counted, found {found}")
-    table = PairCounts(*(sum(np.asarray(part.arrays[name]) for part in parts) for name in PairCounts._fields))
+    table = PairCounts(*(np.zeros(len(parts[0].arrays[name]), np.int64) for name in PairCounts._fields))
+    for part in parts:
+        for name, total in table._asdict().items():
+            total += read_slice(part.arrays[name], 0, len(total))
     return link_pairs(table, thresholds["min_pmi"], thresholds["min_pair_count"]), corpora
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from dnazen_kernels.ngram_masking import IGNORE_INDEX
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
@@ -90,26 +91,39 @@ class BenchTrainer(PretrainingTrainer):
     def start(self, now: float) -> None:
         """Begin to measure."""
         self.started, self.loader_seconds, self.measured_steps = now, 0.0, 0
-        self.flops = self.tokens = self.ngrams = self.sequences = 0.0
+        self.work: list[list[torch.Tensor]] = []
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor]:
-        """The trainer's, with the time it takes and the work it brings."""
-        began = time.perf_counter()
-        batches, masked = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.loader_seconds += time.perf_counter() - began
+        """The trainer's, with the time that the loader keeps it waiting and the work it brings."""
+        batches, masked = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
         self.measured_steps += 1
-        for batch in batches:
-            lengths, ngram_lengths = (batch[name].diff().numpy() for name in ("cu_seqlens", "ngram_cu_seqlens"))
-            num_masked = len(batch["masked_positions"])
-            self.flops += training_flops(self.model.config, lengths, ngram_lengths, num_masked)
-            self.tokens += int(lengths.sum())
-            self.sequences += len(lengths)
-            self.ngrams += int(ngram_lengths.sum())
+        for batch in batches:  # may lie on a GPU, which must not be waited for
+            num_masked = (batch["labels"] != IGNORE_INDEX).sum()
+            self.work.append([batch["cu_seqlens"].diff(), batch["ngram_cu_seqlens"].diff(), num_masked])
         return batches, masked
+
+    def _timed(self, iterator: Iterator) -> Iterator:
+        while True:
+            began = time.perf_counter()
+            item = next(iterator, None)
+            self.loader_seconds += time.perf_counter() - began
+            if item is None:
+                return
+            yield item
+
+    def sum_work(self) -> dict[str, float]:
+        """What went through since `start`: `flops`, `tokens`, `sequences` and `ngrams`."""
+        total = dict.fromkeys(("flops", "tokens", "sequences", "ngrams"), 0.0)
+        for lengths, ngram_lengths, num_masked in ([tensor.cpu().numpy() for tensor in part] for part in self.work):
+            total["flops"] += training_flops(self.model.config, lengths, ngram_lengths, int(num_masked))
+            total["tokens"] += int(lengths.sum())
+            total["sequences"] += len(lengths)
+            total["ngrams"] += int(ngram_lengths.sum())
+        return total
 
 
 def measure(
@@ -141,7 +155,6 @@ def measure(
             logging_strategy="no",
             eval_strategy="no",
             save_strategy="no",
-            dataloader_num_workers=2 if torch.cuda.is_available() else 0,
             disable_tqdm=True,
             report_to="none",
         )
@@ -164,7 +177,8 @@ def measure(
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     attention = trainer.model.select_attention(args.device, dtype)
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)
-    rows = trainer.sequences * longest if impl == "reference" else trainer.tokens
+    work = trainer.sum_work()
+    rows = work["sequences"] * longest if impl == "reference" else work["tokens"]
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "impl": impl,
@@ -172,15 +186,15 @@ def measure(
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "steps": trainer.measured_steps,
         "seconds": trainer.elapsed,
-        "tokens_per_second": trainer.tokens / trainer.elapsed,
-        "tflops_per_second": trainer.flops / trainer.elapsed / 1e12,
-        "mfu": trainer.flops / trainer.elapsed / 1e12 / peak if peak else None,
-        "tokens_per_step": trainer.tokens / trainer.measured_steps,
-        "sequences_per_step": trainer.sequences / trainer.measured_steps,
-        "padding_share": 1 - trainer.tokens / rows,
+        "tokens_per_second": work["tokens"] / trainer.elapsed,
+        "tflops_per_second": work["flops"] / trainer.elapsed / 1e12,
+        "mfu": work["flops"] / trainer.elapsed / 1e12 / peak if peak else None,
+        "tokens_per_step": work["tokens"] / trainer.measured_steps,
+        "sequences_per_step": work["sequences"] / trainer.measured_steps,
+        "padding_share": 1 - work["tokens"] / rows,
         "loader_wait": trainer.loader_seconds / trainer.elapsed,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if is_cuda else resident,
-        "ngrams_per_token": trainer.ngrams / trainer.tokens,
+        "ngrams_per_token": work["ngrams"] / work["tokens"],
         "device": device,
     }
 

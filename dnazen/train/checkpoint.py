@@ -18,7 +18,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from dnazen.files import InputError, read_json, sha256_file, write_json
 
 MANIFEST = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 # DeepSpeed unpickles its files whole; beyond what `weights_only=True` admits, they name these classes and no others
 PICKLED = {
     "numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct",

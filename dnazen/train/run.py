@@ -249,6 +249,13 @@ def describe(
         f"{len(corpus.validation):,} held out; {len(vocabulary.ngrams):,} G-grams",
         f"masking: {'whole G-grams' if masking.whole_ngram else 'single tokens'}, "
         f"{100 * masking.mlm_probability:.1f} % of tokens drawn",
+        *(
+            ["a batch is matched and masked on the device, with room for {:,} G-grams, {:,} edges, {:,} masked tokens".format(
+                *trainer.capacity
+            )]
+            if trainer.capacity
+            else []
+        ),
         f"steps: {args.max_steps:,}, each {trainer.micro_batches_per_step} micro-batch(es) of up to "
         f"{data_args.max_batch_tokens:,} tokens",
         f"output: {args.output_dir}" + (f", resuming from {checkpoint.path.name}" if checkpoint else ""),
@@ -269,7 +276,7 @@ def report(trainer: PretrainingTrainer, metrics: dict[str, float], corpus: Corpu
     name = f"DNAZEN {model_name}"
     scores = {name: Score(metrics["eval_loss"], metrics["eval_accuracy"]), **baselines}
     plot_loss_curve(output_dir / "loss_curve.png", trainer.state.log_history, baselines, name)
-    tokens, ordinary, masked, dropped = trainer.totals.tolist()
+    tokens, ordinary, masked, dropped, unlabelled = trainer.totals.tolist()
     summary: dict[str, Any] = {
         "step": metrics["step"],
         "held_out": {row: score._asdict() for row, score in scores.items()},
@@ -279,9 +286,11 @@ def report(trainer: PretrainingTrainer, metrics: dict[str, float], corpus: Corpu
         "tokens_per_second": tokens / trainer.train_seconds,
         "effective_mask_rate": masked / ordinary,
         "ngrams_cut": dropped,
+        "labels_cut": unlabelled,
     }
     write_json(output_dir / "report.json", summary)
     held_out = f"{len(corpus.validation):,} held-out sequences ({metrics['eval_masked_tokens']:,} tokens)"
     print("\n" + format_scores(scores, held_out))
     print(f"trained on {tokens:,} tokens in {trainer.train_seconds:.0f} s: {tokens / trainer.train_seconds:,.0f} tokens/s")
-    print(f"effective mask rate {100 * masked / ordinary:.1f} %" + (f", {dropped:,} G-grams cut" if dropped else ""))
+    cut = {"G-grams": dropped, "labels": unlabelled}
+    print(", ".join([f"effective mask rate {100 * masked / ordinary:.1f} %", *(f"{n:,} {what} cut" for what, n in cut.items() if n)]))

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from dnazen.data.collator import (
+    Capacity,
     Masking,
     PackedCollator,
     PackedDataset,
     calibrate_mlm_probability,
     masking_uniforms,
+    measure_capacity,
 )
 from dnazen.data.sampler import MicroBatch, MicroBatchSampler
 from dnazen.data.shards import Corpus, build_corpus
@@ -186,3 +188,62 @@ def test_effective_mask_target_is_met(dataset):
     # another epoch's draws: masked tokens come in G-grams, so the spread is that of about 2-token clumps
     assert abs(rate - 0.15) < 5 * (2 * 0.15 * 0.85 / n) ** 0.5
     assert dataset.collator.masking.mlm_probability == 0.15
+
+
+@pytest.mark.parametrize("use_ngrams", [True, False])
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_capacity_adds_room_and_changes_nothing_else(tokenizer, vocabulary, device, impl, use_ngrams):
+    """What a device makes without being waited for, against what the host makes."""
+    generator = np.random.default_rng(5)
+    sequences = [generator.integers(5, 12, length) for length in (30, 1, 17, 64, 2)]
+    collator = PackedCollator(tokenizer, vocabulary, Masking(0.1, True, 3), use_ngrams)
+    expected = collator(sequences, np.arange(5), epoch=2)
+    packed = collator.pack(sequences, np.arange(5), epoch=2)
+    packed = {name: value.to(device) if torch.is_tensor(value) else value for name, value in packed.items()}
+    capacity = Capacity(ngrams=200, edges=600, masked=100)
+    batch, cut = collator.to(device).match_and_mask(**packed, capacity=capacity, impl=impl)
+    assert cut.tolist() == [0, 0]
+    assert len(batch["masked_positions"]) == 100 > (num_masked := len(expected["masked_positions"])) > 0
+    assert not batch["masked_positions"][num_masked:].any() and batch["labels"][0] == -100
+    num_ngrams = len(expected["ngram_input_ids"])
+    if use_ngrams:
+        assert len(batch["ngram_input_ids"]) == 200 > num_ngrams > 0
+        assert (batch["ngram_offsets"][num_ngrams:] == batch["ngram_offsets"][-1]).all()
+    assert batch.keys() == expected.keys()
+    assert batch.pop("max_ngrams") >= expected.pop("max_ngrams")
+    for name, value in expected.items():
+        found = batch[name][: len(value)].cpu() if torch.is_tensor(value) else batch[name]
+        assert torch.equal(found, value) if torch.is_tensor(value) else found == value, name
+
+
+@pytest.mark.parametrize("capacity", [Capacity(4, 600, 100), Capacity(200, 9, 100), Capacity(200, 600, 5)])
+def test_what_finds_no_room_is_counted_and_does_not_leak(tokenizer, vocabulary, capacity):
+    generator = np.random.default_rng(5)
+    sequences = [generator.integers(5, 12, length) for length in (30, 1, 17, 64, 2)]
+    plain = PackedCollator(tokenizer, vocabulary)(sequences)
+    collator = PackedCollator(tokenizer, vocabulary, Masking(0.1, True, 3))
+    batch, (num_dropped, num_unlabelled) = collator.match_and_mask(
+        **collator.pack(sequences, np.arange(5), 2), capacity=capacity
+    )
+    masked = (batch["input_ids"] != plain["input_ids"]) | (batch["labels"] != -100)
+    assert not masked[batch["ngram_tokens"][: batch["ngram_offsets"][-1]].long()].any()
+    labelled = (batch["labels"] != -100).nonzero().squeeze(1)
+    assert batch["masked_positions"][: len(labelled)].equal(labelled)
+    if capacity.masked == 5:
+        assert len(labelled) == 5 and num_dropped == 0
+        assert num_unlabelled == len(collator(sequences, np.arange(5), 2)["masked_positions"]) - 5
+    else:
+        matched, edges = len(plain["ngram_input_ids"]), plain["ngram_offsets"]
+        fit = capacity.ngrams if capacity.ngrams == 4 else int((edges[1:] <= 9).sum())
+        assert num_dropped == matched - fit and num_unlabelled == 0
+
+
+def test_measured_capacity_holds_the_batches_it_was_measured_on(dataset):
+    runs = MicroBatchSampler(dataset.split.lengths, 400, 1, start=0, rank=0, world_size=1).micro_batches(0)
+    micro_batches = [MicroBatch(0, run) for run in runs]
+    capacity = measure_capacity(dataset, micro_batches)
+    assert all(size % 64 == 0 for size in capacity)
+    for micro_batch in micro_batches:
+        packed, _ = PackedDataset(dataset.split, dataset.collator, match=False)[micro_batch]
+        _, cut = dataset.collator.match_and_mask(**packed, capacity=capacity)
+        assert cut.tolist() == [0, 0]

@@ -2,6 +2,8 @@
 
 import collections
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -212,6 +214,13 @@ def test_extraction_error_in_a_worker_reaches_the_user(num_workers):
     shards = [make_shard([[5, 6]]), make_shard([[5, 99]])]
     with pytest.raises(InputError, match="shard 1, tokens 0 to 1: expected token ids below 16, found 99"):
         extract_ngrams(shards, vocab_size=16, num_workers=num_workers)
+
+
+@pytest.mark.parametrize("stage", ["_count_pairs", "_count_runs"])
+def test_killed_worker_is_an_error(monkeypatch, stage):
+    monkeypatch.setattr(count, stage, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match="a worker was killed, perhaps for want of memory: lower num_workers"):
+        extract_ngrams([make_shard([[5, 6]]), make_shard([[5, 6]])], vocab_size=16, num_workers=2)
 
 
 def test_planted_motifs_come_back(tmp_path, shared_data):

@@ -1,6 +1,8 @@
 """G-grams from counts of parts: the same bytes as from all at once; what must not be merged; kills."""
 
 import json
+import os
+import resource
 import shutil
 import signal
 
@@ -14,7 +16,7 @@ from dnazen.cli.main import main
 from dnazen.data.shards import Corpus, build_corpus
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.files import InputError
-from dnazen.ngram import parts
+from dnazen.ngram import count, parts
 from dnazen.ngram.count import NO_RUNS, Runs, cut_keys, merge_runs, take_share
 from dnazen.ngram.parts import build_counts, merge_counts
 from tests.ngram.forked import kill_at, run_command
@@ -209,12 +211,12 @@ def test_cut_and_altered_files_are_refused(folder, counted, tmp_path, change):
             file.write_bytes(data)
         elif change == "remove":
             file.unlink()
-            message = f"{name}.npy: missing here or in manifest.json"
+            message = f"{name}.npy: no such file; these counts are not whole"
         elif change == "manifest":
             manifest = json.loads((path / "manifest.json").read_text())
-            del manifest["files"][name]
+            manifest["shard"] = [1, 2]
             (path / "manifest.json").write_text(json.dumps(manifest))
-            message = f"{name}.npy: missing here or in manifest.json"
+            message = "manifest.json: altered; its checksum is not its own"
         else:
             shutil.rmtree(path / "tokenizer")
             shutil.copytree(folder / "b-other" / "tokenizer", path / "tokenizer")
@@ -246,7 +248,7 @@ def test_count_refuses(folder, tmp_path, capsys, words, message):
 def test_command_lines_that_are_none(folder, tmp_path, capsys):
     for words, message in (
         (["ngrams", "cuont"], "invalid choice: 'ngrams cuont'"),
-        (["ngrams", "count", "--corpus", "a", "--output-dir", "b", "--shard", "2"], "expected I/N, such as 2/4, found 2"),
+        (["ngrams", "count", "--corpus", "a", "--output-dir", "b", "--shard", "2"], "expected I/N, such as 2/4, found"),
         (["ngrams"], "required: --output-dir, --corpus"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -271,11 +273,37 @@ def test_killed_extraction_leaves_nothing_whole(folder, counted, tmp_path, caplo
 
 
 @pytest.mark.parametrize(
-    "kind, at", [("pairs", "pairs.npy"), ("pairs", "os.rename"), ("runs", "run_keys.npy"), ("runs", "manifest.json.tmp")]
+    "kind, at",
+    [("pairs", "pairs.npy"), ("pairs", "os.rename"), ("runs", "run_keys.npy"), ("runs", "manifest.json.tmp")],
 )
 def test_killed_count_leaves_nothing_whole(folder, counted, tmp_path, caplog, kind, at):
     pairs = ["--pairs", *counted[0]] if kind == "runs" else []
     check_kill(["ngrams", "count", "--corpus", folder / "a", *pairs], tmp_path, at, caplog)
+
+
+def test_killed_while_workers_count(folder, tmp_path, monkeypatch):
+    def die(rank):
+        monkeypatch.setattr(count.futures, "wait", lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+
+    command = ["ngrams", "--corpus", folder / "a", "--output-dir", tmp_path / "out", "--num-workers", "2"]
+    monkeypatch.setattr(count, "BLOCK_TOKENS", 1000)
+    assert run_command(1, *command, before=die) == [-signal.SIGKILL]
+    assert not (tmp_path / "out").exists()
+    assert run_command(1, *command) == [0]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("what", ["pairs", "runs", "merge"])
+def test_full_disk_leaves_nothing(folder, counted, tmp_path, capfd, what):
+    def fill(rank):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    command = ["ngrams", "count", "--corpus", folder / "a"] + (["--pairs", *counted[0]] if what == "runs" else [])
+    if what == "merge":
+        command = ["ngrams", "merge", "--counts", *counted[1]]
+    assert run_command(1, *command, "--output-dir", tmp_path / "out", before=fill) == [1]
+    assert f"dnazen: error: {tmp_path / 'out'}" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def check_kill(command, tmp_path, at, caplog):

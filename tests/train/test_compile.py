@@ -1,11 +1,11 @@
-"""Hugging Face's flags that trade time for memory change neither loss nor gradient."""
+"""Flags that choose how to compute change neither loss nor gradient."""
 
 import re
 
 import numpy as np
 import pytest
 
-from tests.train.launch import run, steps
+from tests.train.launch import log_history, run, steps
 
 # fp32: compiled sums in another order, over the few steps of a test
 TOLERANCE = {"rtol": 2e-5, "atol": 1e-6}
@@ -15,7 +15,7 @@ TOLERANCE = {"rtol": 2e-5, "atol": 1e-6}
 def plain(prepared, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("plain")
     run(**prepared.arguments(), output_dir=output_dir)
-    return steps(output_dir / "checkpoint-4", "loss", "grad_norm")
+    return output_dir / "checkpoint-4"
 
 
 @pytest.mark.slow
@@ -36,10 +36,23 @@ def test_losses_are_those_without_the_flag(prepared, plain, tmp_path, flags, mon
     assert "attention sdpa" in output and "attention is not flash_attention_4: it needs a CUDA device" in output
     compiled = set(re.findall(r"start compiling \S+ \S*/(\w+\.py)", output))
     assert compiled == ({"encoder.py"} if "torch_compile_backend" in flags else set())
-    np.testing.assert_allclose(steps(tmp_path / "checkpoint-4", "loss", "grad_norm"), plain, **TOLERANCE)
+    names = "loss", "grad_norm"
+    np.testing.assert_allclose(steps(tmp_path / "checkpoint-4", *names), steps(plain, *names), **TOLERANCE)
 
 
 @pytest.mark.slow
 def test_compilation_does_not_go_with_zero3(prepared, tmp_path):
     output = run(expect=None, **prepared.arguments(), torch_compile=True, zero=3, output_dir=tmp_path).stdout
     assert "dnazen: error: --torch_compile does not go with ZeRO-3" in output
+
+
+@pytest.mark.slow
+def test_kernels_and_batches_made_on_the_device_change_nothing(prepared, plain, tmp_path):
+    """Matching, masking and fusion interpreted on the CPU, as they run on a GPU: with room to spare in every batch."""
+    run(**prepared.arguments(), impl="triton", zero=2, output_dir=tmp_path)
+    names = "loss", "grad_norm", "mask_rate"
+    entries = [entry for entry in log_history(tmp_path / "checkpoint-4") if "loss" in entry]
+    assert [(entry["ngrams_cut"], entry["labels_cut"]) for entry in entries] == [(0, 0)] * 4
+    np.testing.assert_allclose(
+        steps(tmp_path / "checkpoint-4", *names), steps(plain, *names), **TOLERANCE
+    )
