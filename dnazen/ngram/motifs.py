@@ -48,6 +48,7 @@ BITS = 0.05  # scores are whole numbers of it, which float32 adds exactly
 _CHUNK_SPELLINGS = 2048
 _LISTED_MATCHES = 20  # of a motif
 _LOGOS = 6
+_MATCH_COLUMNS = ("motif", "name", "id", "tokens", "strand", "offset", "core_token", "score", "p_value")
 
 
 class Matches(NamedTuple):
@@ -356,8 +357,8 @@ def build_motifs(
             p_value = (match.pop("as_good") + 1) / (shuffles + 1)
             listed.append({"motif": motif.motif_id, "name": motif.name, **match, "p_value": f"{p_value:.6g}"})
     with atomic_directory(output_dir) as directory:
-        _write_tsv(directory / "motifs.tsv", rows)
-        _write_tsv(directory / "matches.tsv", listed)
+        _write_tsv(directory / "motifs.tsv", list(rows[0]), rows)
+        _write_tsv(directory / "matches.tsv", _MATCH_COLUMNS, listed)
         _plot_logos(directory / "logos.png", [known[i] for i in order[:_LOGOS]], rows, listed)
         report = MotifReport(rows, len(spellings), len(vocabulary.ids), int((~result.can_match).sum()), shuffles)
         manifest = {
@@ -412,12 +413,11 @@ def _describe(
     }
 
 
-def _write_tsv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _write_tsv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     with open(path, "w", newline="") as file:
-        if rows:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _iterate_letters(motif: Motif) -> Iterator[tuple[int, str, float, float]]:

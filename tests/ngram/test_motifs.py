@@ -342,6 +342,14 @@ def test_command_writes_tables_and_logos(ngrams_dir, tmp_path, capsys):
     assert (tmp_path / "a" / "logos.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_motifs_that_nothing_can_match(ngrams_dir, tmp_path):
+    (tmp_path / "motifs.txt").write_text(jaspar("vague", "vague", [[1, 1, 1, 1]] * 4))
+    report = build_motifs(ngrams_dir, tmp_path / "motifs.txt", tmp_path / "out", shuffles=3)
+    assert [(row["matches"], float(row["adjusted_p_value"])) for row in report.rows] == [(0, 1.0)]
+    assert (tmp_path / "out" / "matches.tsv").read_text().startswith("motif\tname\tid\t")
+    assert "1; 1 too short or vague" in motifs.summarize(report)
+
+
 def test_refusals_leave_nothing_behind(ngrams_dir, tmp_path, capsys):
     (tmp_path / "motifs.txt").write_text(jaspar("a", "b", TATA))
     for options, message in (
