@@ -19,9 +19,16 @@ from dnazen.data.fasta import reverse_complement
 from dnazen.data.shards import build_corpus
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from dnazen.files import InputError
-from dnazen.ngram import motifs
 from dnazen.ngram.motif_files import Motif, load_motifs
-from dnazen.ngram.motifs import build_motifs, log_odds, match_thresholds, score_motifs, shuffle_bases
+from dnazen.ngram.motif_scores import (
+    BITS,
+    base_composition,
+    log_odds,
+    match_thresholds,
+    score_motifs,
+    shuffle_bases,
+)
+from dnazen.ngram.motifs import build_motifs, summarize
 from dnazen.ngram.vocab import NgramVocabulary
 
 BACKGROUND = np.array([0.3, 0.2, 0.2, 0.3])
@@ -206,8 +213,8 @@ def test_log_odds_are_those_of_biopython():
     # the square root of the 389 sites, shared out like the background
     matrix.pseudocounts = {base: math.sqrt(389) * share for base, share in matrix.background.items()}
     for text in ("TATAAA", "GGGCGG", "TTTATA"):
-        score = sum(table[i, "ACGT".index(base)] for i, base in enumerate(text)) * motifs.BITS
-        assert score == pytest.approx(matrix.pssm.calculate(text), abs=6 * motifs.BITS / 2 + 1e-4)
+        score = sum(table[i, "ACGT".index(base)] for i, base in enumerate(text)) * BITS
+        assert score == pytest.approx(matrix.pssm.calculate(text), abs=6 * BITS / 2 + 1e-4)
 
 
 def match_slowly(spelling: str, table: np.ndarray, thresholds: np.ndarray):
@@ -234,7 +241,7 @@ def test_matches_equal_slow_matches():
     spellings += ["".join(letters.choices("ACGT", k=letters.randint(3, 20))) for _ in range(300)]
     spellings = list(dict.fromkeys(spellings))
     result = score_motifs(spellings, known, num_shuffles=2)
-    background = motifs.base_composition(spellings)
+    background = base_composition(spellings)
     joined = "".join(spellings)
     at = (joined.count("A") + joined.count("T")) / len(joined) / 2
     assert background.tolist() == pytest.approx([at, 0.5 - at, 0.5 - at, at], abs=1e-12)
@@ -251,7 +258,7 @@ def test_matches_equal_slow_matches():
             if margin >= 0:
                 i = found[number, place]
                 match = [getattr(result.matches, name)[i] for name in ("scores", "offsets", "reverse")]
-                score = round(float(match[0]) / motifs.BITS)
+                score = round(float(match[0]) / BITS)
                 assert result.matches.margins[i] == margin and (score, *match[1:]) in places
                 num_partial += match[1] < 0 or match[1] + len(table) > len(spelling)
     assert not result.can_match[4] and num_partial > 10
@@ -347,7 +354,7 @@ def test_motifs_that_nothing_can_match(ngrams_dir, tmp_path):
     report = build_motifs(ngrams_dir, tmp_path / "motifs.txt", tmp_path / "out", shuffles=3)
     assert [(row["matches"], float(row["adjusted_p_value"])) for row in report.rows] == [(0, 1.0)]
     assert (tmp_path / "out" / "matches.tsv").read_text().startswith("motif\tname\tid\t")
-    assert "1; 1 too short or vague" in motifs.summarize(report)
+    assert "1; 1 too short or vague" in summarize(report)
 
 
 def test_refusals_leave_nothing_behind(ngrams_dir, tmp_path, capsys):
