@@ -128,7 +128,7 @@ def test_extraction_same_for_any_blocks_and_workers(monkeypatch, long_pieces):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"long_pieces": "split", "min_len": 3}, {"max_len": 2}, {"min_pmi": -9}])
+@pytest.mark.parametrize("options", [{}, {"long_pieces": "split", "min_len": 3}, {"max_len": 2}, {"min_pmi": -9.0}])
 def test_extraction_same_on_a_gpu(monkeypatch, options):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -136,7 +136,7 @@ def test_extraction_same_on_a_gpu(monkeypatch, options):
     shards = [make_shard(make_sequences()), make_shard([[], [5]])]
     options = dict(vocab_size=64, min_pmi=1.5) | options
     expected = extract_ngrams(shards, **options)
-    assert len(expected.ngrams) > 20
+    assert len(expected.ngrams) > 5
     assert extract_ngrams(shards, **options, device="cuda") == expected
 
 
