@@ -372,7 +372,7 @@ def test_refusals_leave_nothing_behind(ngrams_dir, tmp_path, capsys):
 
 
 def test_tata_boxes_in_human_core_promoters(shared_data, tmp_path):
-    """Paper, section 4.5: G-grams of TATA promoters match TBP's motif more than shuffles do; other promoters' do not."""
+    """Paper, section 4.5: G-grams of TATA promoters match TBP more than shuffles do; other promoters' do not."""
     gue, tokenizer = shared_data / "gue" / "prom", load_tokenizer(shared_data / "tokenizer")
 
     def read(name: str) -> list[str]:
