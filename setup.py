@@ -27,6 +27,7 @@ setup(
         "huggingface-hub>=1.5",
         "xopen>=2.0",
         "matplotlib>=3.8",
+        "biopython>=1.85",
         "psutil>=5.9",
         "tqdm>=4.66",
     ],

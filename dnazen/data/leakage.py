@@ -1,6 +1,5 @@
 """Which sequences of a benchmark's CSV files occur in a corpus, on either strand."""
 
-import csv
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
-from xopen import xopen
 
 from dnazen.data.fasta import reverse_complement
+from dnazen.data.tables import read_sequences
 from dnazen.data.workers import map_in_order
-from dnazen.files import InputError, sha256_file
+from dnazen.files import sha256_file
 
 # A sequence is looked for by its first 32 bases, which fill 64 bits; shorter ones would be found by chance.
 ANCHOR_BASES = 32
@@ -42,30 +41,8 @@ class _Block(NamedTuple):
 
 
 def load_targets(path: str | PathLike) -> Targets:
-    """Read the column `sequence` of a CSV file, plain or compressed.
-
-    Raises:
-        InputError: the file is absent, unreadable, has no column `sequence`, or a row has nothing in it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a CSV with a column 'sequence'")
-    sequences = []
-    try:
-        with xopen(path, "r", threads=0, newline="") as file:
-            reader = csv.DictReader(file)
-            if "sequence" not in (reader.fieldnames or ()):
-                raise InputError(f"{path}: expected a column 'sequence', found {reader.fieldnames}")
-            for row in reader:
-                if not row["sequence"]:
-                    raise InputError(f"{path}: line {reader.line_num} has no sequence")
-                sequences.append(row["sequence"].strip().upper().replace("U", "T"))
-    except InputError:
-        raise
-    except Exception as error:  # each decompressor has errors of its own
-        raise InputError(f"{path}: cannot be read as CSV: {error}") from error
-    if not sequences:
-        raise InputError(f"{path}: expected a sequence in each row, found no rows")
+    """Read the column `sequence` of a CSV file, plain or compressed; InputError as `read_sequences`."""
+    path, sequences = Path(path), list(read_sequences(path))
     clean = [sequence for sequence in sequences if not sequence.strip("ACGT")]
     long = [sequence for sequence in clean if len(sequence) >= ANCHOR_BASES]
     return Targets(path, sha256_file(path), long, len(clean) - len(long), len(sequences) - len(clean))
