@@ -225,7 +225,7 @@ def test_what_is_refused(model_folder, tmp_path, capsys, content, more, message)
     [
         ("seq,label\nACGT,0\n", "expected a column 'sequence', found ['seq', 'label']"),
         ("sequence,label\nACGT,0\n,1\n", "line 3 has no sequence"),
-        ("sequence,label\nACGT,0\nACQT,1\n", "line 3 has 'Q' at position 3; expected nucleotides"),
+        ("sequence,label\nACGT,0\nACQT,1\n", "row 2 has 'Q' at position 3; expected nucleotides"),
         ("sequence\n", "expected a sequence in each row, found no rows"),
     ],
 )
