@@ -31,6 +31,7 @@ setup(
         "pyarrow>=18",
         "h5py>=3.11",
         "pysam>=0.22",
+        "biopython>=1.85",
         "psutil>=5.9",
         "scikit-learn>=1.5",
         "scipy>=1.13",

@@ -3,8 +3,8 @@
     python -m benchmarks.scale --genomes sacCer3.fa.gz hg38_1m.fa.gz ... --tokenizer DIR
 
 Repeats the genomes, each time with a tenth of their bases drawn anew, as one-line FASTA files in a temporary folder (6
-bytes a token in all), and runs `dnazen corpus` and `dnazen ngrams` on them, with 1 and with all cores. Also builds a
-corpus from one record of 250 million bases on a single line. Writes
+bytes a token in all), and runs `dnazen corpus` and `dnazen ngrams` on them, with 1 and with all cores, and `dnazen
+ngrams count` and `merge` on two shards. Also builds a corpus from one record of 250 million bases on one line. Writes
 `benchmarks/results/scale-<machine>-<cores>-cores.json`.
 """
 
@@ -38,7 +38,8 @@ def mutate(bases: np.ndarray, seed: int, rate: float = 0.1) -> np.ndarray:
 
 
 def measure(*arguments: object) -> dict[str, float]:
-    """Run a `dnazen` command; seconds, processor seconds, and the most memory (MiB, RSS) of it and of a child."""
+    """Run `dnazen`; seconds, processor seconds (also of it without children), and the most memory (MiB, RSS)
+    of it and of a child."""
     command = [sys.executable, "-m", "dnazen.cli.main", *map(str, arguments)]
     process = psutil.Popen(command, stdout=sys.stderr, cwd=ROOT)
     started, peaks, busy = time.perf_counter(), {}, {}
@@ -56,9 +57,15 @@ def measure(*arguments: object) -> dict[str, float]:
     return {
         "seconds": round(time.perf_counter() - started, 1),
         "processor_seconds": round(sum(busy.values()), 1),
+        "processor_seconds_of_the_first": round(busy[process.pid], 1),
         "peak_mib": peaks[process.pid] >> 20,
         "peak_mib_of_a_child": max(children, default=0) >> 20,
     }
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*"))
 
 
 def main() -> None:
@@ -70,7 +77,7 @@ def main() -> None:
     bases = np.frombuffer("N".join(r.sequence for path in args.genomes for r in read_fasta(path)).encode(), np.uint8)
     cores = os.cpu_count()
     device = {"device": f"{processor()}, {cores} cores", "python": platform.python_version()}
-    result = {**device, "corpus": {}, "ngrams": {}}
+    result = {**device, "start": measure("--version"), "corpus": {}, "ngrams": {}, "ngrams_of_shards": {}}
     with tempfile.TemporaryDirectory() as folder:
         files = []
         while 4.9 * args.tokens > len(files) * len(bases):
@@ -86,6 +93,7 @@ def main() -> None:
             tokens = totals["train"]["tokens"] + totals["validation"]["tokens"]
             rates = {"bases_per_second": totals["length"] / cost["seconds"], "tokens": tokens}
             rates["bases_per_processor_second"] = totals["length"] / cost["processor_seconds"]
+            rates["disk_bytes"] = size_of(out)
             result["corpus"][f"{workers} workers"] = cost | {"bases": totals["length"]} | rates
             manifests.add((out / "manifest.json").read_bytes())
         shutil.rmtree(out)
@@ -94,12 +102,27 @@ def main() -> None:
             out = Path(folder) / f"ngrams-{workers}"
             cost = measure("ngrams", "--corpus", corpus, "--output-dir", out, "--num-workers", workers)
             manifest = json.loads((out / "manifest.json").read_text())
-            rate = manifest["statistics"]["num_tokens"] / manifest["seconds"]
+            statistics = manifest["statistics"]
+            rate = statistics["num_tokens"] / manifest["seconds"]
             rates = {"extraction_seconds": manifest["seconds"], "tokens_per_second_and_core": rate / workers}
-            result["ngrams"][f"{workers} workers"] = cost | {"tokens": manifest["statistics"]["num_tokens"]} | rates
+            rates |= {"tokens": statistics["num_tokens"], "disk_bytes": size_of(out)}
+            rates |= {name: statistics[name] for name in ("num_runs", "num_ngrams")}
+            busy = cost["processor_seconds"] - result["start"]["processor_seconds"]  # with reading and writing
+            rates["tokens_per_processor_second"] = statistics["num_tokens"] / busy
+            result["ngrams"][f"{workers} workers"] = cost | rates
             ngrams.add((out / "ngram.json").read_bytes())
+        for kind, options in (("pairs", []), ("runs", ["--pairs", Path(folder) / "pairs-1", Path(folder) / "pairs-2"])):
+            for i in (1, 2):
+                out = Path(folder) / f"{kind}-{i}"
+                words = ["--corpus", corpus, "--shard", f"{i}/2", "--output-dir", out, *options]
+                cost = measure("ngrams", "count", *words)
+                result["ngrams_of_shards"][f"{kind} of shard {i} of 2"] = cost | {"disk_bytes": size_of(out)}
+        out = Path(folder) / "merged"
+        cost = measure("ngrams", "merge", "--counts", *Path(folder).glob("runs-*"), "--output-dir", out)
+        result["ngrams_of_shards"]["merge"] = cost
+        ngrams.add((out / "ngram.json").read_bytes())
         if len(manifests) != 1 or len(ngrams) != 1:
-            raise RuntimeError("the number of workers made a difference")
+            raise RuntimeError("the number of workers or shards made a difference")
         shutil.rmtree(corpus)
         for file in files:
             file.unlink()

@@ -7,9 +7,10 @@ import pytest
 import torch
 from dnazen_kernels.ngram_masking import ngram_masking
 
-from benchmarks import registry, roofline, run
+from benchmarks import budget, registry, rehearsal, roofline, run
 from benchmarks.batches import Genome, graph_of, make_batch
 from benchmarks.registry import MODES, OPERATORS, Sizes
+from dnazen.models import DNAZenConfig
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +180,41 @@ def test_roofline_counts_launches(batch, device):
     # forward: both cast up, product, sum, cast down; backward: cast up, product, two casts down
     assert dense.launches == 9 and dense.multiplying > 0
     assert [row.name for row in roofline.integer_rows(batch)] == ["`ngram_matching`", "`ngram_masking`"]
+
+
+def test_rehearsal_by_hand():
+    """Ten times what was measured on 2 cores, on 4: 1 s of start; what the first process does is not shared."""
+    job = {"processor_seconds": 21.0, "processor_seconds_of_the_first": 3.0, "peak_mib": 512, "disk_bytes": 10**9}
+    job["peak_mib_of_a_child"] = 256
+    corpus = {"1 workers": {}, "2 workers": {**job, "bases": 10**9}}
+    ngrams = {"2 workers": {**job, "num_runs": 10**6}}
+    measured = {"start": {"processor_seconds": 1.0}, "corpus": corpus, "ngrams": ngrams}
+    found = rehearsal.extrapolate(measured, 4, 1e10)
+    assert found["corpus"]["seconds"] == 1 + max(10 * 2, 10 * 18 / 4)
+    assert rehearsal.extrapolate(measured, 96, 1e10)["corpus"]["seconds"] == 1 + 10 * 2
+    assert found["ngrams"]["seconds"] == 1 + 10 * 2 + 10 * 18 / 4
+    assert found["corpus"]["first"] == 0.5 + 16 * 1e10 / 2040 / 2**30
+    assert found["ngrams"]["first"] == 0.5 + 70 * 1e7 / 2**30
+    assert found["ngrams"]["all"] == found["ngrams"]["first"] + 4 * 0.25
+    assert found["corpus"]["disk"] == found["ngrams"]["disk"] == 10
+
+
+def test_the_budget_of_a_step_holds_all_that_is_owed(batch, device):
+    """The kernels' arithmetic, taken from PyTorch's own graphs, against the formula that `dnazen bench` divides by."""
+    if device.type == "cuda":
+        pytest.skip("needs Triton's interpreter, for it counts the operations that run on a CPU")
+    masked = ngram_masking(batch.input_ids, **graph_of(batch.matches), **batch.masking).trimmed()
+    # the labels of a masking that masks, and the G-grams of one that does not
+    batch = batch._replace(masked=batch.masked._replace(labels=masked.labels))
+    config = DNAZenConfig(
+        vocab_size=16, ngram_vocab_size=4, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=64, num_hidden_ngram_layers=2,
+    )  # fmt: skip
+    parts = budget.parts_of_step(config, batch)
+    flops = sum(part.times * sum(kernel.flops for kernel in part.kernels) for part in parts)
+    recomputed = 0.0  # flash attention's scores, once more in the backward
+    for number, offsets in ((3, batch.cu_seqlens), (2, batch.masked.ngram_cu_seqlens)):
+        recomputed += number * 2 * 32 * float((offsets.diff() ** 2).sum())
+    assert int((batch.masked.labels != -100).sum()) > 0
+    assert flops - recomputed == budget.owed(config, batch)
+    assert all(kernel.num_bytes >= 0 for part in parts for kernel in part.kernels)

@@ -23,6 +23,12 @@ SMALL_MODEL = (
     '{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, '
     '"num_hidden_ngram_layers": 1}'
 )
+TATA_BOX = """\
+A [ 16 352 3 354 268 360 222 ]
+C [ 46 0 10 0 0 3 2 ]
+G [ 18 2 2 5 0 20 44 ]
+T [ 309 35 374 30 121 6 121 ]
+"""
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -42,6 +48,8 @@ def run(line: str, folder: Path) -> str:
             words[1:1] = ["--no_ssh_check", "--master_addr", "127.0.0.1"]
     if words[:2] == ["dnazen", "gue"]:
         words += ["--max-steps", "2", "--seeds", "1"]
+    if words[0] == "torchrun":
+        words[1:1] = ["--master_port", str(free_port())]
     words = ["small.json" if word == "base" else word for word in words]
     result = subprocess.run(
         words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
@@ -75,6 +83,9 @@ def folder(root, tmp_path):
     (tmp_path / "test.csv").write_text(f"sequence,label\n{'ACGT' * 20},0\n")
     for name in ("my_data", "GUE/prom/prom_core_tata", "GUE/mouse/2"):
         write_splits(tmp_path / name, motif_row)
+    (tmp_path / "GUE" / "tf" / "0").mkdir(parents=True)
+    shutil.copy(tmp_path / "test.csv", tmp_path / "GUE" / "tf" / "0" / "train.csv")
+    (tmp_path / "JASPAR.txt").write_text(">MA0108.3 TBP\n" + TATA_BOX)
     (tmp_path / "hostfile").write_text("localhost slots=2\n")
     (tmp_path / "small.json").write_text(SMALL_MODEL)
     return tmp_path

@@ -4,6 +4,7 @@ import argparse
 import csv
 import itertools
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,20 @@ from dnazen import __version__
 from dnazen.data import shards
 from dnazen.data.tokenizer import MAX_VOCAB_SIZE, build_tokenizer, load_tokenizer
 from dnazen.files import InputError
-from dnazen.ngram import extract
+from dnazen.ngram import extract, motifs, parts, stats
+from dnazen.ngram.group import join_group
+
+_NGRAM_OPTIONS = {
+    "min_pmi": "bits; pairs below are cut apart",
+    "min_count": "drop G-grams that occur less often",
+    "min_pair_count": "rarer pairs are cut apart",
+    "min_len": "tokens of a G-gram at least",
+    "max_len": "tokens of a G-gram at most",
+    "long_pieces": "longer runs",
+    "num_workers": "processes; same result",
+    "device": "same result",
+}
+_NGRAM_CHOICES = {"long_pieces": ("drop", "split"), "device": ("cpu", "cuda")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     `dnazen doctor` also returns 1 when something that it looks at is not in order.
     """
-    args = vars(_make_parser().parse_args(argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[0:1] == ["ngrams"] and words[1:2] and not words[1].startswith("-"):
+        words[0:2] = [" ".join(words[0:2])]  # `ngrams` is a command by itself, and `ngrams ...` are others
+    args = vars(_make_parser().parse_args(words))
     run, output = args.pop("run"), args.get("output_dir", args.get("output"))
     logging.basicConfig(format="dnazen: %(levelname)s: %(message)s", stream=sys.stderr)
     start = time.perf_counter()
@@ -33,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f"{output}: " if isinstance(error, OSError) and error.filename is None else ""
         print(f"dnazen: error: {place}{error}", file=sys.stderr)
         return 1
-    if output is not None:
+    if output is not None and int(os.environ.get("RANK", 0)) == 0:
         print(f"written to  {output} in {time.perf_counter() - start:.1f} s")
     return status
 
@@ -44,6 +61,7 @@ def _make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(required=True, metavar="command")
 
     def add_command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+        """A command that writes a folder; its name may be of two words, such as `ngrams merge`."""
         command = subparsers.add_parser(name, help=text, description=text)
         command.add_argument("--output-dir", required=True, metavar="DIR", help="where to write it; must not exist yet")
         command.set_defaults(run=run)
@@ -56,7 +74,14 @@ def _make_parser() -> argparse.ArgumentParser:
         command.add_argument("--input", required=True, metavar="FILE", help=text)
         command.add_argument("--window", type=int, default=2040, help="bases read at once (%(default)s)")
         command.add_argument("--stride", type=int, default=1020, help="bases from window to window (%(default)s)")
-        command.add_argument("--max-batch-tokens", type=int, default=8192, help="read together; same result (%(default)s)")
+        command.add_argument("--max-batch-tokens", type=int, default=8192, help="of a batch; same result (%(default)s)")
+
+    def add_ngram_options(command: argparse.ArgumentParser, *names: str) -> None:
+        for name in names:
+            default, choices = extract.extract_ngrams.__kwdefaults__[name], _NGRAM_CHOICES.get(name)
+            text = f"{_NGRAM_OPTIONS[name]} ({default})"
+            options = dict(type=type(default), choices=choices, default=argparse.SUPPRESS, help=text)
+            command.add_argument(f"--{name.replace('_', '-')}", **options)
 
     command = add_command("tokenizer", _tokenizer, "train a BPE tokenizer on FASTA files")
     command.add_argument("--fasta", nargs="+", required=True, metavar="FILE", help="FASTA, plain or compressed")
@@ -81,15 +106,33 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--num-workers", type=int, help="processes; same result (every core)")
 
+    corpus = dict(required=True, metavar="DIR", help="folder written by `dnazen corpus`")
     command = add_command("ngrams", _ngrams, "extract the G-gram vocabulary of a corpus")
-    command.add_argument("--corpus", required=True, metavar="DIR", help="folder written by `dnazen corpus`")
-    command.add_argument("--min-pmi", type=float, default=2.0, help="bits; pairs below are cut apart (%(default)s)")
-    command.add_argument("--min-count", type=int, default=5, help="drop G-grams that occur less often (%(default)s)")
-    command.add_argument("--min-pair-count", type=int, default=5, help="rarer pairs are cut apart (%(default)s)")
-    command.add_argument("--min-len", type=int, default=2, help="tokens of a G-gram at least (%(default)s)")
-    command.add_argument("--max-len", type=int, default=5, help="tokens of a G-gram at most (%(default)s)")
-    command.add_argument("--long-pieces", choices=("drop", "split"), default="drop", help="longer runs (%(default)s)")
-    command.add_argument("--num-workers", type=int, default=1, help="processes; same result (%(default)s)")
+    command.add_argument("--corpus", **corpus)
+    add_ngram_options(command, *_NGRAM_OPTIONS)
+
+    command = add_command("ngrams count", _ngrams_count, "count in one of several corpora, or in a shard of one")
+    command.add_argument("--corpus", **corpus)
+    command.add_argument("--shard", type=_read_shard, default=(1, 1), metavar="I/N", help="the I-th of N even shares")
+    text = "pairs of all corpora and shards, counted before; then runs of linked pairs are counted, for `merge`"
+    command.add_argument("--pairs", nargs="+", default=[], metavar="DIR", help=text)
+    add_ngram_options(command, *(name for name in _NGRAM_OPTIONS if name != "min_count"))
+
+    command = add_command("ngrams merge", _ngrams_merge, "extract the G-grams of all that was counted")
+    command.add_argument("--counts", nargs="+", required=True, metavar="DIR", help="of `dnazen ngrams count --pairs`")
+    add_ngram_options(command, "min_count")
+
+    command = add_command("ngrams stats", _ngrams_stats, "count the G-grams of data sets, as tables and pictures")
+    _add_ngrams_arguments(command)
+    command.add_argument(
+        "--data", nargs="+", required=True, metavar="PATH", help="CSV files with a column 'sequence', folders, corpora"
+    )
+
+    command = add_command("ngrams motifs", _ngrams_motifs, "compare G-grams with known motifs")
+    _add_ngrams_arguments(command)
+    command.add_argument("--motifs", required=True, metavar="FILE", help="MEME, TRANSFAC or JASPAR format, also .gz")
+    command.add_argument("--shuffles", type=int, default=199, help="p-values reach 1 / (this + 1) (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the shuffles (%(default)s)")
 
     command = add_command("bench", _bench, "measure training steps on this machine")
     command.add_argument("--corpus", required=True, metavar="DIR", help="folder written by `dnazen corpus`")
@@ -99,6 +142,8 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--seconds", type=float, default=30.0, help="of each, after a warm-up (%(default)s)")
     command.add_argument("--max-batch-tokens", type=int, help="tokens of a micro-batch (by model size)")
     command.add_argument("--precision", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU")
+    command.add_argument("--deepspeed", metavar="JSON", help="run under DeepSpeed with this configuration, as pretraining")
+    command.add_argument("--torch-compile", action="store_true", help="compile layers, but not those of the reference")
 
     command = add_command("export", _export, "write a trained model in the form of the published ones")
     command.add_argument("--model", required=True, metavar="DIR", help="`final/` or `checkpoint-N/` of a training run")
@@ -107,7 +152,7 @@ def _make_parser() -> argparse.ArgumentParser:
     command = subparsers.add_parser("embed", help=text, description=text)
     command.set_defaults(run=_embed)
     add_use(command)
-    command.add_argument("--output", required=True, metavar="FILE", help="ends in .npy, .parquet or .h5; must not exist")
+    command.add_argument("--output", required=True, metavar="FILE", help=".npy, .parquet or .h5; must not exist yet")
     poolings = ("mean", "max", "cls", "token", "base")
     command.add_argument("--pooling", choices=poolings, default="mean", help="what has a vector (%(default)s)")
     command.add_argument("--layer", type=int, help="states after this many layers, 0 for the embeddings (the last)")
@@ -124,9 +169,9 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--model", required=True, metavar="NAME", help="folder, or name on the Hugging Face hub")
     command.add_argument("--vcf", required=True, metavar="FILE", help="the variants, plain or compressed")
     command.add_argument("--fasta", required=True, metavar="FILE", help="the reference, plain or compressed")
-    command.add_argument("--output", required=True, metavar="FILE", help="ends in .vcf or .vcf.gz; must not exist yet")
+    command.add_argument("--output", required=True, metavar="FILE", help=".vcf or .vcf.gz; must not exist yet")
     command.add_argument("--flank", type=int, default=256, help="bases on either side of an allele (%(default)s)")
-    command.add_argument("--max-batch-tokens", type=int, default=4096, help="read together; same result (%(default)s)")
+    command.add_argument("--max-batch-tokens", type=int, default=4096, help="of a batch; same result (%(default)s)")
 
     command = add_command("predict", _predict, "apply a fine-tuned model to a CSV file")
     command.add_argument("--model", required=True, metavar="DIR", help="`final/` of a fine-tuning run")
@@ -155,6 +200,11 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_ngrams_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--ngrams", required=True, metavar="DIR", help="written by `dnazen ngrams`, or ngram.json")
+    command.add_argument("--tokenizer", metavar="DIR", help="folder with tokenizer.json (that of the G-grams)")
+
+
 def _tokenizer(fasta: list[str], output_dir: str, vocab_size: int) -> None:
     tokenizer = build_tokenizer(fasta, output_dir, vocab_size)
     tokens = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens), key=len)
@@ -177,12 +227,45 @@ def _read_list(path: str) -> list[str]:
     return paths
 
 
-def _ngrams(corpus: str, output_dir: str, **parameters: int | float | str) -> None:
-    print(extract.summarize(extract.build_ngrams(shards.Corpus.open(corpus), output_dir, **parameters)))
+def _ngrams(corpus: str, output_dir: str, **parameters: Any) -> None:
+    with join_group() as group:
+        with group.together():
+            # every machine looks at its files once
+            opened = shards.Corpus.open(corpus, verify=int(os.environ.get("LOCAL_RANK", 0)) == 0)
+        manifest = extract.build_ngrams(opened, output_dir, group, **parameters)
+    if manifest:
+        _print_ngrams(manifest, output_dir)
+
+
+def _ngrams_count(corpus: str, output_dir: str, **parameters: Any) -> None:
+    print(parts.summarize(parts.build_counts(shards.Corpus.open(corpus), output_dir, **parameters)))
+
+
+def _read_shard(text: str) -> tuple[int, int]:
+    index, slash, number = text.partition("/")
+    if not (slash and index.isdecimal() and number.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected I/N, such as 2/4, found {text}")
+    return int(index), int(number)
+
+
+def _ngrams_merge(counts: list[str], output_dir: str, **parameters: int) -> None:
+    _print_ngrams(parts.merge_counts(counts, output_dir, **parameters), output_dir)
+
+
+def _print_ngrams(manifest: dict[str, Any], output_dir: str) -> None:
+    print(extract.summarize(manifest))
     print("most frequent: count, PMI of the weakest pair in bits, tokens")
-    with open(Path(output_dir) / "ngrams.tsv") as file:
+    with open(Path(output_dir) / extract.TABLE_FILE) as file:
         for row in itertools.islice(csv.DictReader(file, delimiter="\t"), 10):
             print(f"{int(row['count']):>10,} {float(row['pmi']):6.2f}  {row['tokens']}")
+
+
+def _ngrams_stats(**parameters: Any) -> None:
+    print(stats.format_table(stats.build_statistics(**parameters).splits))
+
+
+def _ngrams_motifs(**parameters: Any) -> None:
+    print(motifs.summarize(motifs.build_motifs(**parameters)))
 
 
 def _bench(corpus: str, ngrams: str, output_dir: str, **parameters: Any) -> None:
@@ -219,7 +302,8 @@ def _variants(**parameters: Any) -> None:
     counts = variants(**parameters)
     print(f"records     {counts['records']:,} with {counts['alleles']:,} alternative alleles")
     print(f"scored      {counts['scored']:,} alleles")
-    print(f"not scored  {counts['unspelled']:,} not in A, C, G, T; {counts['unchanged']:,} equal to REF; {counts['long']:,} too long")
+    reasons = {"unspelled": "not in A, C, G, T", "unchanged": "equal to REF", "long": "too long"}
+    print(f"not scored  {'; '.join(f'{counts[name]:,} {reason}' for name, reason in reasons.items())}")
 
 
 def _predict(output_dir: str, **parameters: Any) -> None:

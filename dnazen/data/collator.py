@@ -1,5 +1,6 @@
 """From token sequences to a packed, matched and masked batch."""
 
+import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch
 from dnazen.data.shards import TokenSplit
 from dnazen.ngram.vocab import NgramVocabulary
-from dnazen_kernels.ngram_masking import ngram_masking
+from dnazen_kernels.ngram_masking import IGNORE_INDEX, ngram_masking
 from dnazen_kernels.ngram_matching import ngram_matching
 
 
@@ -36,8 +37,22 @@ def masking_uniforms(seed: int, epoch: int, sequence: int, length: int) -> np.nd
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, sequence, epoch])).random((length, 3))
 
 
+class BatchCounts(NamedTuple):
+    """What the host must know of a batch that is matched and masked."""
+
+    ngrams: int
+    edges: int
+    max_ngrams: int  # of one sequence
+    masked: int  # tokens
+    dropped: int  # G-grams cut by the vocabulary's cap
+    no_room: int  # G-grams beyond the capacity
+
+
 class PackedCollator:
     """Packs token sequences end to end, finds their G-grams and masks them.
+
+    Calling it does so in three steps: `pack` on the host; `match_and_mask` where its input lies, without a wait if it is
+    given a capacity; and `trim`, for which the host must know the sizes.
 
     Args:
         tokenizer: for the ids of the special tokens.
@@ -61,16 +76,32 @@ class PackedCollator:
         self.masking, self.use_ngrams = masking, use_ngrams
         self.num_dropped = 0
 
+    def to(self, device: torch.device | str) -> "PackedCollator":
+        """The collator with its tables on another device."""
+        moved = copy.copy(self)
+        moved.table, moved.ordinary_ids = self.table.to(device), self.ordinary_ids.to(device)
+        return moved
+
     def __call__(
+        self, sequences: list[np.ndarray], sequence_ids: np.ndarray | None = None, epoch: int = 0
+    ) -> dict[str, torch.Tensor | int]:
+        """All three steps; see `pack` for the arguments and `trim` for the result.
+
+        G-grams cut by the vocabulary's cap are counted in `num_dropped`.
+        """
+        untrimmed, counts = self.match_and_mask(**self.pack(sequences, sequence_ids, epoch))
+        counts = BatchCounts(*counts.tolist())
+        self.num_dropped = counts.dropped
+        return self.trim(untrimmed, counts)
+
+    def pack(
         self, sequences: list[np.ndarray], sequence_ids: np.ndarray | None = None, epoch: int = 0
     ) -> dict[str, torch.Tensor | int]:
         """Pack `sequences` (token ids without special tokens); `sequence_ids` and `epoch` key the masking.
 
         Returns:
-            The packed batch: `input_ids [T]`, `cu_seqlens [B+1]`, `max_seqlen`, `ngram_input_ids [N]`,
-            `ngram_cu_seqlens [B+1]`, `max_ngrams`, both CSR views of the matching matrix, and, if masking, `labels [T]`
-            and the indices of the masked tokens in them, `masked_positions`.
-            G-grams cut by the vocabulary's cap are counted in `num_dropped`, for this batch.
+            `input_ids [T]`, `cu_seqlens [B+1]`, `max_seqlen`, and, if masking, `ordinary [T]`, False at special tokens,
+            and `random [T, 3]`.
         """
         lengths = np.array([len(sequence) + SPECIAL_TOKENS_PER_SEQUENCE for sequence in sequences], dtype=np.int64)
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -80,36 +111,85 @@ class PackedCollator:
         ordinary[cu_seqlens[:-1]] = ordinary[cu_seqlens[1:] - 1] = False
         if len(sequences):
             input_ids[ordinary] = np.concatenate(sequences)
-
-        tokens, starts = torch.from_numpy(input_ids), torch.from_numpy(cu_seqlens)
-        matches = ngram_matching(tokens, starts, self.table, self.max_ngrams)
-        self.num_dropped = int(matches.counts[2])
-        fields = matches._asdict()
-        del fields["counts"]
-        batch: dict[str, Any] = {"input_ids": tokens, **fields}
+        packed: dict[str, Any] = {"input_ids": torch.from_numpy(input_ids), "cu_seqlens": torch.from_numpy(cu_seqlens)}
+        packed["max_seqlen"] = int(lengths.max(initial=0))
         if self.masking is not None:
             random = [
                 masking_uniforms(self.masking.seed, epoch, int(sequence), int(length))
                 for sequence, length in zip(sequence_ids, lengths, strict=True)
             ]
+            packed["ordinary"] = torch.from_numpy(ordinary)
+            packed["random"] = torch.from_numpy(np.concatenate(random))
+        return packed
+
+    def match_and_mask(
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        ordinary: torch.Tensor | None = None,
+        random: torch.Tensor | None = None,
+        *,
+        capacity: tuple[int, int] | None = None,
+        impl: str = "auto",
+    ) -> tuple[dict[str, torch.Tensor | int], torch.Tensor]:
+        """Find the G-grams of what `pack` returned, and mask.
+
+        Args:
+            capacity: room for so many G-grams and edges, so that nobody waits to learn how many there are; None for as
+                many as there are.
+            impl: of the operators.
+
+        Returns:
+            The batch in tensors that may be longer than what is in them, and `BatchCounts` as a tensor.
+        """
+        matches = ngram_matching(input_ids, cu_seqlens, self.table, self.max_ngrams, capacity=capacity, impl=impl)
+        fields = matches._asdict()
+        num_ngrams, num_edges, dropped, no_room = fields.pop("counts").unbind()
+        num_masked = torch.zeros_like(dropped)
+        batch: dict[str, Any] = {"input_ids": input_ids, **fields}
+        if self.masking is not None:
             masked = ngram_masking(
-                ordinary=torch.from_numpy(ordinary),
-                random=torch.from_numpy(np.concatenate(random)),
+                ordinary=ordinary,
+                random=random,
                 **batch,
                 mlm_probability=self.masking.mlm_probability,
                 mask_token_id=self.mask_token_id,
                 ordinary_ids=self.ordinary_ids,
                 whole_ngram=self.masking.whole_ngram,
+                impl=impl,
             )
-            batch = masked.trimmed()._asdict()
-            del batch["counts"]
-            # found here: on a GPU their number would have to be waited for
-            batch["masked_positions"] = (batch["labels"] != -100).nonzero().squeeze(1)
+            batch = masked._asdict()
+            num_ngrams, num_edges = batch.pop("counts").unbind()
+            num_masked = (batch["labels"] != IGNORE_INDEX).sum()
         if not self.use_ngrams:
             batch = without_ngrams(batch)
-        batch["cu_seqlens"] = starts
-        batch["max_seqlen"] = int(lengths.max(initial=0))
-        batch["max_ngrams"] = int(batch["ngram_cu_seqlens"].diff().max())
+            num_ngrams = num_edges = torch.zeros_like(dropped)
+        longest = batch["ngram_cu_seqlens"].diff().amax()
+        batch["cu_seqlens"], batch["max_seqlen"] = cu_seqlens, max_seqlen
+        counts = num_ngrams, num_edges, longest, num_masked, dropped, no_room
+        return batch, torch.stack([count.to(torch.int32) for count in counts])
+
+    def trim(self, batch: dict[str, torch.Tensor | int], counts: BatchCounts) -> dict[str, torch.Tensor | int]:
+        """What `match_and_mask` returned, without what is behind the content.
+
+        Returns:
+            The packed batch: `input_ids [T]`, `cu_seqlens [B+1]`, `max_seqlen`, `ngram_input_ids [N]`,
+            `ngram_cu_seqlens [B+1]`, `max_ngrams`, both CSR views of the matching matrix, and, if masking, `labels [T]`
+            and the indices of the masked tokens in them, `masked_positions`.
+        """
+        batch = {
+            **batch,
+            "ngram_input_ids": batch["ngram_input_ids"][: counts.ngrams],
+            "token_ngrams": batch["token_ngrams"][: counts.edges],
+            "ngram_offsets": batch["ngram_offsets"][: counts.ngrams + 1],
+            "ngram_tokens": batch["ngram_tokens"][: counts.edges],
+            "max_ngrams": counts.max_ngrams,
+        }
+        if "labels" in batch:
+            number = (batch["labels"] != IGNORE_INDEX).cumsum(0)
+            wanted = torch.arange(1, counts.masked + 1, device=number.device)
+            batch["masked_positions"] = torch.searchsorted(number, wanted)
         return batch
 
 
@@ -121,13 +201,21 @@ def without_ngrams(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class PackedDataset(Dataset):
-    """Packed batches of a corpus split, indexed by `MicroBatch`; each with its count of G-grams cut by the cap."""
+    """Packed batches of a corpus split, indexed by `MicroBatch`; each with its count of G-grams cut by the cap.
 
-    def __init__(self, split: TokenSplit, collator: PackedCollator):
-        self.split, self.collator = split, collator
+    Args:
+        split: the sequences.
+        collator: makes the batches.
+        match: False to leave them as `PackedCollator.pack` makes them.
+    """
+
+    def __init__(self, split: TokenSplit, collator: PackedCollator, match: bool = True):
+        self.split, self.collator, self.match = split, collator, match
 
     def __getitem__(self, micro_batch: MicroBatch) -> tuple[dict[str, torch.Tensor | int], int]:
         sequences = [self.split[index] for index in micro_batch.sequences]
+        if not self.match:
+            return self.collator.pack(sequences, micro_batch.sequences, micro_batch.epoch), 0
         return self.collator(sequences, micro_batch.sequences, micro_batch.epoch), self.collator.num_dropped
 
 

@@ -158,7 +158,7 @@ def describe_sources(paths: Sequence[str | PathLike]) -> list[dict[str, Any]]:
 
 
 def normalize_letters(letters: bytes, place: str, start: int = 0) -> bytes:
-    """Upper-case nucleotide codes, U as T; `place` names the sequence in errors, `start` is the first letter's position.
+    """Upper-case nucleotide codes, U as T; `place` names the sequence in errors, `start` is its first letter's position.
 
     Raises:
         InputError: a letter is no nucleotide code.

@@ -9,9 +9,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dnazen.data.fasta import reverse_complement
-from dnazen.data.sequences import read_csv_sequences
+from dnazen.data.tables import read_sequences
 from dnazen.data.workers import map_in_order
-from dnazen.files import InputError, sha256_file
+from dnazen.files import sha256_file
 
 # A sequence is looked for by its first 32 bases, which fill 64 bits; shorter ones would be found by chance.
 ANCHOR_BASES = 32
@@ -41,9 +41,8 @@ class _Block(NamedTuple):
 
 
 def load_targets(path: str | PathLike) -> Targets:
-    """Read the column `sequence` of a CSV file; see `read_csv_sequences`."""
-    path = Path(path)
-    sequences = [sequence for _, sequence in read_csv_sequences(path)]
+    """Read the column `sequence` of a CSV file, plain or compressed; InputError as `read_sequences`."""
+    path, sequences = Path(path), list(read_sequences(path))
     clean = [sequence for sequence in sequences if not sequence.strip("ACGT")]
     long = [sequence for sequence in clean if len(sequence) >= ANCHOR_BASES]
     return Targets(path, sha256_file(path), long, len(clean) - len(long), len(sequences) - len(clean))

@@ -30,7 +30,7 @@ _MAX_TRAINING_BASES = 2**25
 # As DNABERT-2's longest: otherwise tandem repeats double into tokens of hundreds of bases.
 _MAX_TOKEN_BASES = 32
 
-SOURCES_FILE = "sources.json"
+TOKENIZER_FILE, SOURCES_FILE = "tokenizer.json", "sources.json"
 
 
 def build_tokenizer(
@@ -96,7 +96,7 @@ def load_tokenizer(path: str | PathLike) -> PreTrainedTokenizerFast:
             the tokens unk, cls, sep, pad and mask.
     """
     path = Path(path)
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = path / TOKENIZER_FILE if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{file}: no such file; expected a tokenizer (tokenizer.json, or a folder with it)")
     try:

@@ -30,7 +30,7 @@ def run_batches(
         groups: a key and the sequences (token ids without special tokens) that belong together, perhaps none. Read as
             needed.
         collator: makes the packed batches.
-        compute: from a packed batch on `device` to a result for each of its sequences, in order; runs without gradients.
+        compute: from a packed batch on `device` to a result for each of its sequences, in order; without gradients.
         device: the model's.
         max_batch_tokens: tokens of a batch, special ones included; a longer sequence makes a batch of its own.
     """

@@ -83,7 +83,7 @@ def embed(
     is_unpooled = pooling in ("token", "base")
     check_window(window, stride)
     if both_strands and pooling == "token":
-        raise InputError("pooling: expected mean, max, cls or base with both strands, found token: each strand has its own")
+        raise InputError("pooling: expected mean, max, cls or base with both strands, found token: each has its own")
     if max_batch_tokens < 3:
         raise InputError(f"max_batch_tokens: expected at least 3, found {max_batch_tokens}")
     if Path(output).suffix not in _FORMATS:
@@ -100,8 +100,9 @@ def embed(
             "both_strands": both_strands, "window": window, "stride": stride, "precision": precision,
         }  # fmt: skip
         write = stack.enter_context(_FORMATS[Path(output).suffix](target, Path(output), config.hidden_size, attributes))
-        counts = dict.fromkeys(("records", "rows", "dimensions", "windows", "bases", "other_letters", "empty_records"), 0)
+        counts = dict.fromkeys(("records", "rows", "windows", "bases", "other_letters", "empty_records"), 0)
         counts["dimensions"] = config.hidden_size
+        empty: list[str] = []
         progress = stack.enter_context(tqdm(desc="embedding", unit=" bases", unit_scale=True))
 
         def states(batch: dict[str, Any]) -> list[np.ndarray]:
@@ -116,12 +117,13 @@ def embed(
         groups = _tokenize(cut_windows(read_blocks(input), window, stride), loaded, both_strands)
         results = run_batches(groups, loaded.collator, states, loaded.model.device, max_batch_tokens)
         select = _unpooled if is_unpooled else _pooled
-        for rows in _in_chunks(select(_counted(results, counts, progress), pooling, config.hidden_size)):
+        for rows in _in_chunks(select(_counted(results, counts, empty, progress), pooling, config.hidden_size)):
             counts["rows"] += len(rows.records)
             write(rows)
     if counts["empty_records"]:
-        outcome = "have no row" if is_unpooled else "have a row of NaN"
-        logger.warning("%s: %d records without A, C, G, T %s", input, counts["empty_records"], outcome)
+        outcome = "no row" if is_unpooled else "a row of NaN"
+        names = ", ".join(empty) + ", ..." * (counts["empty_records"] > len(empty))
+        logger.warning("%s: records without A, C, G, T have %s: %s", input, outcome, names)
     return counts
 
 
@@ -152,14 +154,18 @@ def _tokenize(
         yield (window, strands), ids
 
 
-def _counted(results: Iterable, counts: dict[str, int], progress: tqdm) -> Iterator[tuple[Window, list, list]]:
-    """Pass on windows, strands and states; count what goes by."""
+def _counted(
+    results: Iterable, counts: dict[str, int], empty: list[str], progress: tqdm
+) -> Iterator[tuple[Window, list[_Strand], list[np.ndarray]]]:
+    """Pass on windows, strands and states; count what goes by, and keep the names of some records without a base."""
     bases = 0
     for (window, strands), states in results:
         if window.is_end:
             counts["records"] += 1
             counts["other_letters"] += window.start - bases
             counts["empty_records"] += not bases
+            if not bases and len(empty) < 5:
+                empty.append(window.record)
             bases = 0
         else:
             counts["windows"] += 1

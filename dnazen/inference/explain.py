@@ -40,7 +40,7 @@ class Summary(NamedTuple):
 
     counts: dict[str, int]  # records, windows, other_letters, ngrams, occurrences, dropped_ngrams
     motif_windows: dict[str, int]  # present: windows that have the motif; covered: in which a G-gram covers it
-    attention: np.ndarray | None  # [layers, 2]: mean attention of G-grams with and without the motif; 1 is an even share
+    attention: np.ndarray | None  # [layers, 2]: mean of G-grams with and without the motif; 1 is an even share
 
 
 def explain(
@@ -54,8 +54,8 @@ def explain(
 ) -> Summary:
     """Write the G-grams of all records of a FASTA or CSV file, and their attention, into a folder.
 
-    The attention that a G-gram gets in a layer is the mean of its weights over heads and over the G-grams that attend to
-    it. `ngrams.tsv` has a line for each occurrence; where windows overlap, for those that begin among a window's own
+    The attention that a G-gram gets in a layer is the mean of its weights over heads and over the G-grams that attend
+    to it. `ngrams.tsv` has a line for each occurrence; where windows overlap, for those that begin among a window's own
     bases. `layer_1.bedgraph`, ... and `mean.bedgraph` have for each base the sum over the G-grams that cover it.
     `attention.png` shows, of the windows in which a G-gram covers the motif, or without a motif of all, the three with
     most G-grams.
@@ -202,7 +202,7 @@ class _Track:
 
 
 def _plot(path: Path, shown: list[tuple[Window, list[FoundNgram]]], num_layers: int, motif: str | None) -> None:
-    """The paper's Figure 3: for each window a row for each layer, a column for each G-gram, darker where it gets more."""
+    """The paper's Figure 3: a row for each layer, a column for each G-gram, darker where it gets more."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image
@@ -216,10 +216,8 @@ def _plot(path: Path, shown: list[tuple[Window, list[FoundNgram]]], num_layers: 
         # an even share is in the middle of the scale
         image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=max(2 / len(found), weights.max()), aspect="auto")
         for (layer, column), weight in np.ndenumerate(weights):
-            is_dark = weight > 0.6 * image.norm.vmax
-            axes.text(
-                column, layer, f"{weight:.3f}", ha="center", va="center", fontsize=6, color="white" if is_dark else "black"
-            )
+            color = "white" if weight > 0.6 * image.norm.vmax else "black"
+            axes.text(column, layer, f"{weight:.3f}", ha="center", va="center", fontsize=6, color=color)
         cut = f"; the first {_COLUMNS} of {len(found)} G-grams" if len(found) > _COLUMNS else ""
         axes.set_title(f"record {window.record}, base {window.start + 1:,} on{cut}", fontsize=9)
         axes.set_yticks(range(num_layers), range(1, num_layers + 1), fontsize=8)
@@ -243,13 +241,13 @@ def format_summary(summary: Summary) -> str:
     """What was found, in some lines."""
     counts, covered = summary.counts, summary.motif_windows
     lines = [
-        f"records     {counts['records']:,} in {counts['windows']:,} windows, {counts['other_letters']:,} other letters "
-        "left out",
-        f"G-grams     {counts['ngrams']:,} that occur {counts['occurrences']:,} times; {counts['dropped_ngrams']:,} more "
-        "over the model's limit",
+        f"records     {counts['records']:,} in {counts['windows']:,} windows",
+        f"left out    {counts['other_letters']:,} other letters",
+        f"G-grams     {counts['ngrams']:,} that occur {counts['occurrences']:,} times",
+        f"cut         {counts['dropped_ngrams']:,} G-grams over the model's limit",
     ]
     if covered["present"]:
-        lines.append(f"motif       in {covered['present']:,} windows; in {covered['covered']:,} a G-gram covers it, whole")
+        lines.append(f"motif       in {covered['present']:,} windows; in {covered['covered']:,} a G-gram covers it whole")
     if summary.attention is not None:
         lines.append("attention   layer  with the motif  without  (1.00 is an even share)")
         for layer, (inside, outside) in enumerate(summary.attention, 1):

@@ -47,7 +47,7 @@ def load_for_inference(
 
     Args:
         name: of the folder or of the hub's model.
-        model_class: which parts of the model are used; one that the folder lacks is an error or, if it may be new, logged.
+        model_class: which parts of the model are used; one that the folder lacks is an error, or logged if it may be new.
         dtype: of weights and states.
         attn_implementation: as in `from_pretrained`; "eager" alone returns attention weights.
 

@@ -52,20 +52,21 @@ def variants(
     """Write the VCF again with four more INFO fields, a value for each ALT allele.
 
     A window is the allele, without what REF and ALT share at their ends, with `flank` bases of the reference on either
-    side (fewer at a contig's end, or next to a letter other than A, C, G, T), the same for both. Both are tokenized, on both strands. BPE may cut them up differently
-    far beyond the allele, so the tokens are compared: those that are equal from the left end up to the allele, and from
-    the right end, are the context, the same for both. What lies between spells the same stretch of the window with
-    either allele, and is scored: all its tokens are masked together, and its score is the sum of their log
-    probabilities given the context alone. No G-gram touches a masked token. REF and ALT may differ in the number of
-    these tokens, and then so do the questions asked of the model; the numbers are written beside the ratio. At an
-    insertion or deletion, where one allele is empty, the neighbouring bases belong to the stretch, so that it never is.
+    side (fewer at a contig's end, or next to a letter other than A, C, G, T), the same for both. Both windows are
+    tokenized, on both strands. BPE may cut them up differently far beyond the allele, so the tokens are compared: those
+    that are equal from the left end up to the allele, and from the right end, are the context, the same for both. What
+    lies between spells the same stretch of the window with either allele, and is scored: all its tokens are masked
+    together, and its score is the sum of their log probabilities given the context alone. No G-gram touches a masked
+    token. REF and ALT may differ in the number of these tokens, and then so do the questions asked of the model; the
+    numbers are written beside the ratio. At an insertion or deletion, where one allele is empty, the neighbouring bases
+    belong to the stretch, so that it never is.
 
-    Alleles that are not spelled in A, C, G, T (symbolic, `*`, breakends, N), or not a change, or longer than `2 * flank`
-    are not scored: their value is missing (`.`). A record without a scored allele is written as it is.
+    Alleles that are not spelled in A, C, G, T (symbolic, `*`, breakends, N), or not a change, or longer than `2 *
+    flank`, are not scored: their value is missing (`.`). A record without a scored allele is written as it is.
 
     Args:
         model: a folder or a name on the Hugging Face hub, with a masked-language head.
-        vcf: VCF, plain or compressed, or BCF; read twice, and all of it is checked first.
+        vcf: VCF, plain or compressed; read twice, and all of it is checked first.
         fasta: the reference, plain or compressed. A plain copy lies beside `output` while this runs, without a name.
         output: .vcf, or .vcf.gz for BGZF.
         flank: in bases.
@@ -112,7 +113,8 @@ class _Source:
 
     def __enter__(self) -> "_Source":
         if not self.path.is_file():
-            raise InputError(f"{self.path}: {'not a regular file' if self.path.exists() else 'no such file'}; expected VCF")
+            problem = "not a regular file" if self.path.exists() else "no such file"
+            raise InputError(f"{self.path}: {problem}; expected VCF")
         verbosity = pysam.set_verbosity(0)  # htslib's own words come without the file's name
         self._stack.callback(pysam.set_verbosity, verbosity)
         self._readable = self.path
@@ -196,8 +198,8 @@ def _check(record: pysam.VariantRecord, vcf: str | PathLike, reference: _Referen
     last = record.pos + len(record.ref) - 1
     if record.pos < 1 or last > length:
         raise InputError(
-            f"{place}: expected positions 1 to {length:,} of {record.chrom} in {reference.path}, found {record.pos:,} to "
-            f"{last:,}"
+            f"{place}: expected positions 1 to {length:,} of {record.chrom} in {reference.path}, "
+            f"found {record.pos:,} to {last:,}"
         )
     expected = reference.fetch(record.chrom, record.pos - 1, last)
     if record.ref.upper() != expected:
@@ -208,7 +210,7 @@ def _extended_header(source: _Source, model: str, flank: int) -> str:
     """The file's header with our fields."""
     with source.open() as file:
         if taken := sorted(_FIELDS.keys() & set(file.header.info)):
-            raise InputError(f"{source.path}: expected no INFO field {taken[0]} in the header, found it: scored before?")
+            raise InputError(f"{source.path}: expected no INFO field {taken[0]}, found it in the header: scored before?")
         *lines, columns = str(file.header).splitlines()
     for name, (kind, text) in _FIELDS.items():
         lines.append(f'##INFO=<ID={name},Number=A,Type={kind},Description="{text}">')
@@ -236,7 +238,7 @@ class Strand(NamedTuple):
 def align_tokens(
     ref: list[int], alt: list[int], lengths: np.ndarray, left_bases: int, right_bases: int
 ) -> tuple[int, int]:
-    """How many tokens at the left and right ends are equal, within so many bases from the ends; `lengths` by token id."""
+    """How many tokens at the left and right ends are equal, within so many bases; `lengths` is by token id."""
     counts = []
     for one, other, limit in ((ref, alt, left_bases), (ref[::-1], alt[::-1], right_bases)):
         count = 0
@@ -263,7 +265,8 @@ class _Plan:
         """The next ALT allele."""
         self.alleles.append(strands)
         for strand in strands or ():
-            for tokens in (strand.ref, strand.alt, *(self._masked(strand, tokens) for tokens in (strand.ref, strand.alt))):
+            alleles = strand.ref, strand.alt
+            for tokens in (*alleles, *(self._masked(strand, tokens) for tokens in alleles)):
                 if tuple(tokens) not in self._numbers:
                     self._numbers[tuple(tokens)] = len(self.sequences)
                     self.sequences.append(tokens)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dnazen_kernels.ngram_matching import NgramTable
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dnazen.data.tokenizer import tokenizer_checksum
+from dnazen.data.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_checksum
 from dnazen.files import InputError, read_json, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -126,17 +126,42 @@ def load_ngrams(path: str | PathLike, corpus: Any) -> NgramVocabulary:
         InputError: there is no `ngram.json`, or it was altered, or it belongs to another tokenizer; see
             `NgramVocabulary.from_pretrained`.
     """
+    return _load(Path(path), corpus.tokenizer, "a corpus with tokenizer", corpus.path)
+
+
+def open_ngrams(
+    path: str | PathLike, tokenizer_path: str | PathLike | None = None
+) -> tuple[NgramVocabulary, PreTrainedTokenizerFast]:
+    """Read G-grams together with their tokenizer, which lies beside them unless another place is named.
+
+    Raises:
+        InputError: there is no tokenizer; see `load_ngrams`.
+    """
     path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    _check_is_there(path)
+    if tokenizer_path is None and not (folder / TOKENIZER_FILE).is_file():
+        expected = f"{TOKENIZER_FILE} beside the G-grams, or its folder named with --tokenizer"
+        raise InputError(f"{path}: expected {expected}, found neither")
+    tokenizer = load_tokenizer(tokenizer_path or folder)
+    return _load(path, tokenizer, "the tokenizer", tokenizer_path or folder), tokenizer
+
+
+def _check_is_there(path: Path) -> None:
     if not (path / NGRAM_FILE if path.is_dir() else path).is_file():
         expected = f"G-grams (a folder made by `dnazen ngrams`, or its {NGRAM_FILE})"
         found = f"no {NGRAM_FILE} in it" if path.is_dir() else "no such file"
         raise InputError(f"{path}: expected {expected}, found {found}")
+
+
+def _load(path: Path, tokenizer: PreTrainedTokenizerBase, expected: str, place: str | PathLike) -> NgramVocabulary:
+    _check_is_there(path)
     if (path / MANIFEST_FILE).is_file():
         recorded = read_json(path / MANIFEST_FILE, "the record of a G-gram extraction")
-        found = tokenizer_checksum(corpus.tokenizer)
+        found = tokenizer_checksum(tokenizer)
         if recorded.get("tokenizer_checksum") != found:
-            expected = recorded.get("tokenizer_checksum")
-            raise InputError(f"{path}: expected a corpus with tokenizer {expected}, found {corpus.path} with {found}")
+            recorded_checksum = recorded.get("tokenizer_checksum")
+            raise InputError(f"{path}: expected {expected} {recorded_checksum}, found {place} with {found}")
         if recorded.get("ngram_json_sha256") != sha256_file(path / NGRAM_FILE):
             raise InputError(f"{path / NGRAM_FILE}: altered; its SHA-256 is not the one in {MANIFEST_FILE}")
-    return NgramVocabulary.from_pretrained(path, corpus.tokenizer)
+    return NgramVocabulary.from_pretrained(path, tokenizer)

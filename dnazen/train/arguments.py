@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from dnazen.files import InputError
 
 # (tokens of a micro-batch, learning rate): what fits 80 GB, and DNABERT-2's rate at its size; tiny suits a CPU
-SIZE_DEFAULTS = {"tiny": (2048, 2e-3), "base": (32768, 5e-4), "large": (16384, 4e-4), "xlarge": (4096, 2e-4)}
+SIZE_DEFAULTS = {"tiny": (2048, 2e-3), "base": (65536, 5e-4), "large": (32768, 4e-4), "xlarge": (4096, 2e-4)}
 
 _PACKED = "has no effect: batches are packed by tokens; use --max_batch_tokens"
 _ORDER = "has no effect: the order of the data depends on --seed alone"
@@ -119,6 +119,11 @@ class PretrainingArguments(TrainingArguments):
     save_total_limit: int | None = 3
     # a loss that is not finite must stop the run, not be averaged away
     logging_nan_inf_filter: bool = False
+    # a GPU must not wait while the next batch is read
+    dataloader_num_workers: int = field(
+        default_factory=lambda: 2 if torch.cuda.is_available() else 0,
+        metadata={"help": "processes that read ahead; default: 2 with a GPU, else 0"},
+    )
 
     def __post_init__(self):
         for name, reason in REFUSED.items():

@@ -2,8 +2,10 @@
 
 import importlib.metadata
 import multiprocessing
+import os
 import platform
 import resource
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -90,36 +92,63 @@ class BenchTrainer(PretrainingTrainer):
     def start(self, now: float) -> None:
         """Begin to measure."""
         self.started, self.loader_seconds, self.measured_steps = now, 0.0, 0
-        self.flops = self.tokens = self.ngrams = self.sequences = 0.0
+        self.work: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor]:
-        """The trainer's, with the time it takes and the work it brings."""
-        began = time.perf_counter()
-        batches, masked = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.loader_seconds += time.perf_counter() - began
+        """The trainer's, with the time that the loader keeps it waiting and the work it brings."""
+        batches, masked = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
         self.measured_steps += 1
-        for batch in batches:
-            lengths, ngram_lengths = (batch[name].diff().numpy() for name in ("cu_seqlens", "ngram_cu_seqlens"))
+        for batch in batches:  # lengths may lie on a GPU, which must not be waited for
             num_masked = len(batch["masked_positions"])
-            self.flops += training_flops(self.model.config, lengths, ngram_lengths, num_masked)
-            self.tokens += int(lengths.sum())
-            self.sequences += len(lengths)
-            self.ngrams += int(ngram_lengths.sum())
+            self.work.append((batch["cu_seqlens"].diff(), batch["ngram_cu_seqlens"].diff(), num_masked))
         return batches, masked
+
+    def _timed(self, iterator: Iterator) -> Iterator:
+        while True:
+            began = time.perf_counter()
+            item = next(iterator, None)
+            self.loader_seconds += time.perf_counter() - began
+            if item is None:
+                return
+            yield item
+
+    def sum_work(self) -> dict[str, float]:
+        """What went through since `start`: `flops`, `tokens`, `sequences` and `ngrams`."""
+        total = dict.fromkeys(("flops", "tokens", "sequences", "ngrams"), 0.0)
+        for *offsets, num_masked in self.work:
+            lengths, ngram_lengths = (tensor.cpu().numpy() for tensor in offsets)
+            total["flops"] += training_flops(self.model.config, lengths, ngram_lengths, num_masked)
+            total["tokens"] += int(lengths.sum())
+            total["sequences"] += len(lengths)
+            total["ngrams"] += int(ngram_lengths.sum())
+        return total
 
 
 def measure(
-    impl: str, corpus_dir: str, ngrams_dir: str, model: str, seconds: float, max_batch_tokens: int, precision: str
+    impl: str,
+    corpus_dir: str,
+    ngrams_dir: str,
+    model: str,
+    seconds: float,
+    max_batch_tokens: int,
+    precision: str,
+    deepspeed: str | None,
+    torch_compile: bool,
 ) -> dict[str, Any]:
     """Train for `seconds` after a warm-up, in this process; returns what came out.
 
     With `impl="reference"` sequences are padded to the corpus' longest possible one, the matching matrix is dense, the
-    fusion an einsum and attention explicit.
+    fusion an einsum and attention explicit; nothing is compiled.
     """
+    if deepspeed is not None:  # which wants to be told that it is alone
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     set_seed(42)
     corpus = Corpus.open(corpus_dir)
     vocabulary = load_ngrams(ngrams_dir, corpus)
@@ -138,10 +167,11 @@ def measure(
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=100,
             bf16=precision == "bf16",
+            deepspeed=deepspeed,
+            torch_compile=torch_compile and impl != "reference",
             logging_strategy="no",
             eval_strategy="no",
             save_strategy="no",
-            dataloader_num_workers=2 if torch.cuda.is_available() else 0,
             disable_tqdm=True,
             report_to="none",
         )
@@ -164,7 +194,8 @@ def measure(
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     attention = trainer.model.select_attention(args.device, dtype)
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)
-    rows = trainer.sequences * longest if impl == "reference" else trainer.tokens
+    work = trainer.sum_work()
+    rows = work["sequences"] * longest if impl == "reference" else work["tokens"]
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "impl": impl,
@@ -172,15 +203,15 @@ def measure(
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "steps": trainer.measured_steps,
         "seconds": trainer.elapsed,
-        "tokens_per_second": trainer.tokens / trainer.elapsed,
-        "tflops_per_second": trainer.flops / trainer.elapsed / 1e12,
-        "mfu": trainer.flops / trainer.elapsed / 1e12 / peak if peak else None,
-        "tokens_per_step": trainer.tokens / trainer.measured_steps,
-        "sequences_per_step": trainer.sequences / trainer.measured_steps,
-        "padding_share": 1 - trainer.tokens / rows,
+        "tokens_per_second": work["tokens"] / trainer.elapsed,
+        "tflops_per_second": work["flops"] / trainer.elapsed / 1e12,
+        "mfu": work["flops"] / trainer.elapsed / 1e12 / peak if peak else None,
+        "tokens_per_step": work["tokens"] / trainer.measured_steps,
+        "sequences_per_step": work["sequences"] / trainer.measured_steps,
+        "padding_share": 1 - work["tokens"] / rows,
         "loader_wait": trainer.loader_seconds / trainer.elapsed,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if is_cuda else resident,
-        "ngrams_per_token": trainer.ngrams / trainer.tokens,
+        "ngrams_per_token": work["ngrams"] / work["tokens"],
         "device": device,
     }
 
@@ -195,6 +226,8 @@ def bench(
     seconds: float = 30.0,
     max_batch_tokens: int | None = None,
     precision: str | None = None,
+    deepspeed: str | None = None,
+    torch_compile: bool = False,
 ) -> dict[str, Any]:
     """Measure the trainer as it runs by default, and each of `impl` beside it, each in a process of its own.
 
@@ -208,28 +241,42 @@ def bench(
         seconds: how long each is measured, after a warm-up of a few steps.
         max_batch_tokens: tokens of a micro-batch; default: that of pretraining.
         precision: "bf16" or "fp32"; default: bf16 on a GPU, fp32 on a CPU.
+        deepspeed: a configuration of DeepSpeed's, as for pretraining, whose bf16 is that of weights and all states;
+            without, bf16 is autocast's.
+        torch_compile: compile layers, but not those of the reference.
 
     Raises:
+        RuntimeError: the trainer itself failed; where one of `impl` does, `failed` says why.
         InputError: see `Corpus.open`, `load_ngrams` and `DNAZenConfig.from_size`.
     """
     DNAZenConfig.from_size(model)
     load_ngrams(ngrams, Corpus.open(corpus))
     max_batch_tokens = max_batch_tokens or SIZE_DEFAULTS.get(model, SIZE_DEFAULTS["base"])[0]
     precision = precision or ("bf16" if torch.cuda.is_available() else "fp32")
-    rows = []
+    rows, failed = [], {}
     with atomic_directory(output_dir) as folder:
         for name in ["auto", *(impl or [])]:
             # a process of its own: peak memory and compiled code of one must not be the other's
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                job = pool.submit(measure, name, corpus, ngrams, model, seconds, max_batch_tokens, precision)
-                rows.append(job.result())
+                job = pool.submit(
+                    measure, name, corpus, ngrams, model, seconds, max_batch_tokens, precision, deepspeed, torch_compile
+                )
+                try:
+                    rows.append(job.result())
+                except RuntimeError as error:  # out of memory, say
+                    if not rows:
+                        raise
+                    failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         result = {
             "model": model,
             "precision": precision,
             "max_batch_tokens": max_batch_tokens,
+            "deepspeed": deepspeed,
+            "torch_compile": torch_compile,
             "machine": f"{rows[0]['device']}, {psutil.cpu_count()} cores, {platform.machine()}",
             "versions": {name: importlib.metadata.version(name) for name in ("dnazen", "torch", "transformers", "numpy")},
             "rows": rows,
+            "failed": failed,
             "speed_up": [rows[0]["tokens_per_second"] / row["tokens_per_second"] for row in rows],
         }
         write_json(folder / "bench.json", result)
@@ -261,6 +308,7 @@ def format_bench(result: dict[str, Any]) -> str:
         lines.append(f"{name:18}" + "".join(f"{cell:>16}" for cell in cells))
     for row, ratio in list(zip(result["rows"], result["speed_up"], strict=True))[1:]:
         lines.append(f"{ratio:.2f} times as fast as {row['impl']}")
+    lines += [f"{name} failed: {reason}" for name, reason in result["failed"].items()]
     return "\n".join(lines)
 
 

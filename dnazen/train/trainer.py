@@ -3,20 +3,22 @@
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import DynamoBackend
+from dnazen_kernels._runtime import resolve_impl
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from dnazen.data.collator import PackedDataset
-from dnazen.data.sampler import MicroBatch, MicroBatchSampler, pack_by_budget
+from dnazen.data.device import DeviceBatch, measure_capacity
+from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch, MicroBatchSampler, pack_by_budget
 from dnazen.ngram.vocab import NgramVocabulary
 from dnazen.train.checkpoint import (
     FORMAT,
@@ -28,6 +30,7 @@ from dnazen.train.checkpoint import (
 )
 
 Batch = dict[str, torch.Tensor | int]
+CAPACITY_BATCHES = 64  # of the first epoch, on which the room in a batch made on a device is measured
 
 
 class FinishWhole(TrainerCallback):
@@ -117,6 +120,14 @@ class PretrainingTrainer(Trainer):
         self._paused_seconds = 0.0  # time of this logging interval that was not training
         self._logged_at: float | None = None
         self._interval = np.zeros_like(self.totals)
+        # where the kernels run, training batches are matched and masked there, a step ahead
+        self.capacity: tuple[int, int] | None = None
+        self._ahead: list[DeviceBatch] | None = None
+        if resolve_impl(self.model.config.impl, args.device) == "triton":
+            runs = self.sampler.micro_batches(0)
+            chosen = np.unique(np.linspace(0, len(runs) - 1, CAPACITY_BATCHES).astype(int))
+            self.capacity = measure_capacity(train_dataset, (MicroBatch(0, runs[index]) for index in chosen))
+            self._collator = train_dataset.collator.to(args.device)
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -149,7 +160,10 @@ class PretrainingTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_dataset, self.sampler)
+        dataset = self.train_dataset
+        if self.capacity is not None:
+            dataset = PackedDataset(dataset.split, dataset.collator, match=False)
+        return self._loader(dataset, self.sampler)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -157,19 +171,32 @@ class PretrainingTrainer(Trainer):
         """The micro-batches of one step on this process, and the number of masked tokens over all processes."""
         if self._logged_at is None:
             self._logged_at, self._paused_seconds = time.perf_counter(), 0.0
-        batches = []
-        masked = torch.zeros((), dtype=torch.int64)
-        for batch, num_dropped in itertools.islice(epoch_iterator, num_batches):
+        items = itertools.islice(epoch_iterator, num_batches)
+        if self.capacity is not None:
+            launched = self._launch(items) if self._ahead is None else self._ahead
+            items = [batch.result() for batch in launched]
+            self._ahead = self._launch(itertools.islice(epoch_iterator, num_batches))
+        batches, masked = [], 0
+        for batch, num_dropped in items:
             count = len(batch["masked_positions"])
             tokens = batch["input_ids"].numel()
-            special = 2 * (batch["cu_seqlens"].numel() - 1)
+            special = SPECIAL_TOKENS_PER_SEQUENCE * (batch["cu_seqlens"].numel() - 1)
             self._interval += [tokens, tokens - special, count, num_dropped]
-            batches.append(batch)
+            batches.append(self._to_device(batch))
             masked += count
-        return batches, self._sum_over_processes(masked)
+        return batches, self._sum_over_processes(torch.full((), masked, dtype=torch.int64, device=self.args.device))
+
+    def _launch(self, items: Iterable[tuple[Batch, int]]) -> list[DeviceBatch]:
+        impl = self.model.config.impl
+        return [DeviceBatch(self._collator, self._to_device(batch), self.capacity, impl) for batch, _ in items]
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {
+            name: value.to(self.args.device, non_blocking=True) if torch.is_tensor(value) else value
+            for name, value in batch.items()
+        }
 
     def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
-        value = value.to(self.args.device)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(value)
         return value
@@ -220,12 +247,12 @@ class PretrainingTrainer(Trainer):
         loader = self._loader(self.eval_dataset, [micro_batches[i] for i in mine])
         self.callback_handler.eval_dataloader = loader  # the progress bar's length
         for index, (batch, _) in enumerate(loader):
-            batch = self._prepare_inputs(batch)
+            batch = self._to_device(batch)
             outputs = model(**batch, num_items_in_batch=1)
             labels = batch["labels"].index_select(0, batch["masked_positions"])
-            correct = (outputs.logits.argmax(-1) == labels).sum()
+            correct = outputs.logits.argmax(-1) == labels
             counts = index * world_size + rank < len(micro_batches)
-            totals += counts * torch.stack([outputs.loss.double(), correct.double(), torch.tensor(len(labels)).to(correct)])
+            totals += counts * torch.stack([outputs.loss.double(), correct.sum(), torch.ones_like(labels).sum()])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss, correct, masked = self._sum_over_processes(totals).tolist()
         metrics = {
@@ -246,7 +273,8 @@ class PretrainingTrainer(Trainer):
         if "loss" in logs:
             now = time.perf_counter()
             seconds = now - self._logged_at - self._paused_seconds
-            counts = self._sum_over_processes(torch.from_numpy(self._interval.copy())).cpu().numpy()
+            counts = torch.from_numpy(self._interval).to(self.args.device, copy=True)
+            counts = self._sum_over_processes(counts).cpu().numpy()
             tokens, ordinary, masked, dropped = counts.tolist()
             logs |= {"tokens_per_second": tokens / seconds, "mask_rate": masked / max(ordinary, 1)}
             if self.vocabulary.max_ngrams is not None:

@@ -5,6 +5,7 @@ import gzip
 import json
 import subprocess
 import sys
+import time
 import tracemalloc
 
 import h5py
@@ -129,13 +130,15 @@ def test_both_strands_are_averaged(model_folder, genome, plain, tmp_path, poolin
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_windows_and_letters_that_are_no_bases(model_folder, genome, plain, tmp_path, pooling):
+def test_windows_and_letters_that_are_no_bases(model_folder, genome, plain, tmp_path, caplog, pooling):
     """A lower-case run of 250 bases in windows of 100, N, and a short run, against slices by hand."""
     runs = [genome[:250], genome[1000:1060]]
     record = runs[0].lower() + "N" * 7 + runs[1] + "R"
     with gzip.open(tmp_path / "in.csv.gz", "wt") as file:
         file.write(f"label,sequence\n0,{record}\n1,NNNN\n")
-    counts = embed(str(model_folder), tmp_path / "in.csv.gz", tmp_path / "o.npy", pooling=pooling, window=100, stride=60)
+    more = dict(pooling=pooling, window=100, stride=60)
+    counts = embed(str(model_folder), tmp_path / "in.csv.gz", tmp_path / "o.npy", **more)
+    assert "in.csv.gz: records without A, C, G, T have" in caplog.text and caplog.text.rstrip().endswith(": 2")
     assert counts == {
         "records": 2, "rows": counts["rows"], "dimensions": 24, "windows": 5, "bases": 310, "other_letters": 12,
         "empty_records": 1,
@@ -167,16 +170,16 @@ def test_windows_and_letters_that_are_no_bases(model_folder, genome, plain, tmp_
 
 
 def test_memory_does_not_grow_with_the_input(model_folder, genome, tmp_path):
-    """Vectors of all bases of 200 kb take 19 MB, and are never held."""
+    """Vectors of all bases of 120 kb take 11.5 MB, and are never held."""
     sizes = []
-    for bases in (100_000, 200_000):
+    for bases in (60_000, 120_000):
         (tmp_path / "in.fa").write_text(f">long\n{genome[:bases]}\n")
         tracemalloc.start()
         embed(str(model_folder), tmp_path / "in.fa", tmp_path / f"{bases}.npy", pooling="base", max_batch_tokens=512)
         sizes.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert np.load(tmp_path / "200000.npy", mmap_mode="r").shape == (200_000, 24)
-    assert sizes[1] < sizes[0] + 3e6  # the letters, several times; the vectors of the second half take 9.6 MB
+    assert np.load(tmp_path / "120000.npy", mmap_mode="r").shape == (120_000, 24)
+    assert sizes[1] < sizes[0] + 2e6  # the letters, several times; the vectors of the second half take 5.8 MB
 
 
 def test_published_folders_and_heads_of_other_kinds(dnabert2_folder, fasta, tmp_path):
@@ -222,7 +225,7 @@ def test_what_is_refused(model_folder, tmp_path, capsys, content, more, message)
     [
         ("seq,label\nACGT,0\n", "expected a column 'sequence', found ['seq', 'label']"),
         ("sequence,label\nACGT,0\n,1\n", "line 3 has no sequence"),
-        ("sequence,label\nACGT,0\nACQT,1\n", "line 3 has 'Q' at position 3; expected nucleotides"),
+        ("sequence,label\nACGT,0\nACQT,1\n", "row 2 has 'Q' at position 3; expected nucleotides"),
         ("sequence\n", "expected a sequence in each row, found no rows"),
     ],
 )
@@ -269,3 +272,23 @@ def test_full_disk_leaves_nothing(model_folder, fasta, tmp_path):
     words = [*arguments(model_folder, fasta, "", "--pooling", "base"), "--output"]
     check_full_disk([[*words, str(tmp_path / name)] for name in names])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_while_it_writes(model_folder, genome, tmp_path, caplog):
+    """kill -9 leaves nothing under the name that was asked for; the next try removes what it leaves, and is whole."""
+    (tmp_path / "in.fa").write_text(f">a\n{genome}\n")
+    words = arguments(model_folder, tmp_path / "in.fa", tmp_path / "o.npy", "--pooling", "base")
+    process = subprocess.Popen([sys.executable, "-m", "dnazen.cli.main", *words], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size > 100_000 for path in tmp_path.glob(".o.npy.*.tmp")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    left = sorted(path.name for path in tmp_path.iterdir() if path.name != "in.fa")
+    assert len(left) == 2 and all(name.endswith(".tmp") for name in left)
+    (tmp_path / "in.fa").write_text(f">a\n{genome[:300]}\n")
+    assert main(words) == 0
+    assert np.load(tmp_path / "o.npy").shape == (300, 24)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.fa", "o.npy", "o.tsv"]
+    assert caplog.text.count("the process that wrote it was killed") == 2

@@ -42,7 +42,8 @@ def files(contig, genome, tmp_path):
     """A folder with a soft-masked reference and a writer of VCF files."""
     folder = tmp_path / "files"
     folder.mkdir()
-    (folder / "ref.fa").write_text(f">chr1 first\n{contig[:1000].lower()}\n{contig[1000:]}\n>chr2\n{genome[5000:5400]}\n")
+    chr1, chr2 = f"{contig[:1000].lower()}\n{contig[1000:]}", genome[5000:5400]
+    (folder / "ref.fa").write_text(f">chr1 first\n{chr1}\n>chr2\n{chr2}\n")
 
     def score(model, records, header=HEADER, output="out.vcf", **more):
         (folder / "in.vcf").write_text(header + records)
@@ -108,7 +109,8 @@ def test_scores_are_those_of_plain_loops(model_folder, contig, files, plain):
     cases += [(LENGTH, contig[-1], [other(contig[-1])]), (800, contig[799:802], ["".join(map(other, contig[799:802]))])]
     cases += [(900, contig[899], [contig[899] + "GATTACA"]), (1001, contig[1000:1012], [contig[1000]])]
     cases += [(1500, contig[1499:1503], ["TTGGCCAA", contig[1499], other(contig[1499]) + contig[1500:1503]])]
-    counts, found = files(model_folder, "".join(line(pos, ref, ",".join(alts)) for pos, ref, alts in cases), flank=flank)
+    records = "".join(line(pos, ref, ",".join(alts)) for pos, ref, alts in cases)
+    counts, found = files(model_folder, records, flank=flank)
     assert counts == {"records": 7, "alleles": 10, "scored": 10, "unspelled": 0, "unchanged": 0, "long": 0}
     for (pos, ref, alts), info in zip(cases, found, strict=True):
         start, end = pos - 1, pos - 1 + len(ref)
@@ -130,8 +132,8 @@ def test_scores_are_those_of_plain_loops(model_folder, contig, files, plain):
 
 
 def test_same_scores_alone_and_in_large_batches(model_folder, contig, files):
-    rng = random.Random(0)
-    records = "".join(line(pos, contig[pos - 1], other(contig[pos - 1])) for pos in sorted(rng.sample(range(1, 3000), 30)))
+    positions = sorted(random.Random(0).sample(range(1, 3000), 30))
+    records = "".join(line(pos, contig[pos - 1], other(contig[pos - 1])) for pos in positions)
     _, alone = files(model_folder, records, output="a.vcf", max_batch_tokens=3)
     _, together = files(model_folder, records, output="b.vcf")
     _, again = files(model_folder, records, output="c.vcf")
@@ -186,7 +188,8 @@ def test_what_is_scored_spells_the_same_stretch_around_either_allele(loaded, lef
         return  # not what remains of two alleles
     spell = [len(token) for token in loaded.spelling]
     for strand in _strands(left, right, ref, alt, loaded, np.array(spell)):
-        text = ["".join(loaded.spelling[token] for token in strand.spelled(tokens)) for tokens in (strand.ref, strand.alt)]
+        stretches = map(strand.spelled, (strand.ref, strand.alt))
+        text = ["".join(loaded.spelling[token] for token in tokens) for tokens in stretches]
         assert text[0] and text[1] and text[0] != text[1]
         assert len(text[1]) - len(text[0]) == len(alt) - len(ref)
         for count in range(3):
@@ -350,8 +353,10 @@ def test_outputs_and_arguments(model_folder, contig, files, capsys):
 
 
 def test_full_disk_leaves_nothing(model_folder, contig, files):
-    notes = (random.Random(pos).randbytes(500).hex() for pos in range(1, 200))  # which cannot be compressed away
-    records = [line(pos, contig[pos - 1], other(contig[pos - 1]), info=f"N={note}") for pos, note in enumerate(notes, 1)]
+    records = [
+        line(pos, base, other(base), info=f"N={random.Random(pos).randbytes(500).hex()}")  # not to be compressed away
+        for pos, base in enumerate(contig[:200], 1)
+    ]
     (files.folder / "in.vcf").write_text(HEADER + "".join(records))
     words = [*command(model_folder, files.folder), "--flank", "10", "--output"]
     check_full_disk([[*words, str(files.folder / name)] for name in ("out.vcf", "out.vcf.gz")])

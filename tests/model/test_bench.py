@@ -28,7 +28,7 @@ def test_flops_are_those_that_pytorch_counts(config, make_batch):
 
 
 @pytest.mark.slow
-def test_bench_measures_both_paths(config, tmp_path, capfd):
+def test_bench_measures_both_paths_and_survives_a_third(config, tmp_path, capfd, root, monkeypatch):
     rng = np.random.default_rng(0)
     motif = "".join(rng.choice(list("ACGT"), 12))
     pieces = [motif if rng.random() < 0.3 else "".join(rng.choice(list("ACGT"), 12)) for _ in range(2000)]
@@ -40,13 +40,18 @@ def test_bench_measures_both_paths(config, tmp_path, capfd):
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_hidden_ngram_layers")
     (tmp_path / "small.json").write_text(json.dumps({name: getattr(config, name) for name in sizes}))
     line = f"bench --corpus {tmp_path / 'corpus'} --ngrams {tmp_path / 'ngrams'} --model {tmp_path / 'small.json'}"
-    line += f" --impl reference --seconds 0.5 --max-batch-tokens 256 --output-dir {tmp_path / 'bench'}"
+    line += f" --impl reference triton --seconds 0.5 --max-batch-tokens 256 --output-dir {tmp_path / 'bench'}"
+    line += f" --precision bf16 --deepspeed {root / 'ds_configs' / 'zero2.json'}"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # without it and a GPU, the kernels cannot run
     assert main(line.split()) == 0
     output = capfd.readouterr().out
     assert "times as fast as reference" in output and "on CPU" in output or torch.cuda.is_available()
     result = json.loads((tmp_path / "bench" / "bench.json").read_text())
-    packed, reference = result["rows"]
+    packed, reference, *kernels = result["rows"]
     assert (packed["impl"], reference["impl"]) == ("auto", "reference")
+    if not torch.cuda.is_available():
+        assert kernels == [] and "triton failed: RuntimeError: impl='triton' needs CUDA tensors" in output
+        assert result["failed"].keys() == {"triton"}
     assert packed["padding_share"] == 0 < reference["padding_share"] < 1
     for row in result["rows"]:
         assert row["steps"] >= 1 and row["seconds"] >= 0.5 and 0 < row["loader_wait"] < 1

@@ -2,17 +2,21 @@
 
 import collections
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dnazen.data.shards import Corpus, build_corpus
 from dnazen.data.tokenizer import load_tokenizer
 from dnazen.files import InputError
-from dnazen.ngram import extract
-from dnazen.ngram.extract import extract_ngrams, find_pieces
+from dnazen.ngram import count
+from dnazen.ngram.count import find_pieces
+from dnazen.ngram.extract import extract_ngrams
 
 
 def extract_slowly(sequences, min_pmi, min_count, min_pair_count, min_len, max_len, long_pieces):
@@ -103,19 +107,49 @@ def test_extraction_equals_slow_extraction(corpus, min_pmi, min_count, min_pair_
     assert found.num_pairs == sum(max(0, len(sequence) - 1) for sequence in sequences)
 
 
-@pytest.mark.parametrize("long_pieces", ["drop", "split"])
-def test_extraction_same_for_any_blocks_and_workers(monkeypatch, long_pieces):
+def make_sequences():
+    """300 sequences made of 40 words of 2 to 8 tokens."""
     rng = np.random.default_rng(0)
     words = [rng.integers(5, 60, rng.integers(2, 9)).tolist() for _ in range(40)]
-    sequences = [sum((words[i] for i in rng.integers(0, 40, 20)), []) for _ in range(300)]
+    return [sum((words[i] for i in rng.integers(0, 40, 20)), []) for _ in range(300)]
+
+
+@pytest.mark.parametrize("long_pieces", ["drop", "split"])
+def test_extraction_same_for_any_blocks_and_workers(monkeypatch, long_pieces):
+    sequences = make_sequences()
     options = dict(vocab_size=64, min_pmi=1.5, long_pieces=long_pieces)
     whole = extract_ngrams([make_shard(sequences)], **options)
     assert len(whole.ngrams) > 20
-    monkeypatch.setattr(extract, "BLOCK_TOKENS", 1000)
+    monkeypatch.setattr(count, "BLOCK_TOKENS", 1000)
     shards = [make_shard(sequences[:7]), make_shard(sequences[7:200]), make_shard(sequences[200:])]
     assert extract_ngrams(shards, **options) == whole
     for num_workers in (2, 3):
         assert extract_ngrams(shards, **options, num_workers=num_workers) == whole
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"long_pieces": "split", "min_len": 3}, {"max_len": 2}, {"min_pmi": -9.0}])
+def test_extraction_same_on_a_gpu(monkeypatch, options):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    monkeypatch.setattr(count, "BLOCK_TOKENS", 1000)
+    shards = [make_shard(make_sequences()), make_shard([[], [5]])]
+    options = dict(vocab_size=64, min_pmi=1.5) | options
+    expected = extract_ngrams(shards, **options)
+    assert len(expected.ngrams) > 5
+    assert extract_ngrams(shards, **options, device="cuda") == expected
+
+
+def test_device_that_cannot_be_used_is_refused(monkeypatch):
+    shards = [make_shard([[5, 6, 7]])]
+    with pytest.raises(InputError, match="device: expected cpu or cuda, found mps"):
+        extract_ngrams(shards, vocab_size=16, device="mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="device: expected a CUDA device for cuda, found none"):
+        extract_ngrams(shards, vocab_size=16, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match="num_workers: expected 1 with device cuda .* found 2"):
+        extract_ngrams(shards, vocab_size=16, device="cuda", num_workers=2)
 
 
 def test_tokens_in_a_file_or_in_a_part_of_one(tmp_path):
@@ -135,7 +169,7 @@ def test_tokens_in_a_file_or_in_a_part_of_one(tmp_path):
 def test_paper_example():
     """Section 2.1: ATA / CGGT / TGTA / GGTT / AGGA under a threshold of 1."""
     tokens = ["ATA", "CGGT", "TGTA", "GGTT", "AGGA"]
-    starts, sizes = find_pieces(np.array([0.7, 1.3, 1.1, 0.1]) >= 1)
+    starts, sizes = find_pieces(torch.tensor([0.7, 1.3, 1.1, 0.1]) >= 1)
     pieces = [tokens[start : start + size] for start, size in zip(starts, sizes, strict=True)]
     assert pieces == [["CGGT", "TGTA", "GGTT"]]
 
@@ -166,7 +200,7 @@ def test_ties_go_by_token_ids_prefix_first():
         ({"min_pair_count": 0}, "min_pair_count: expected at least 1, found 0"),
         ({"num_workers": 0}, "num_workers: expected at least 1, found 0"),
         ({"vocab_size": 5000}, "need 68 bits, but a key has 63"),
-        ({"vocab_size": 7}, "shard 0, sequences 0 to 0: expected token ids below 7, found 7"),
+        ({"vocab_size": 7}, "shard 0, tokens 0 to 2: expected token ids below 7, found 7"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -178,8 +212,15 @@ def test_extraction_refuses(options, message):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_extraction_error_in_a_worker_reaches_the_user(num_workers):
     shards = [make_shard([[5, 6]]), make_shard([[5, 99]])]
-    with pytest.raises(InputError, match="shard 1, sequences 0 to 0: expected token ids below 16, found 99"):
+    with pytest.raises(InputError, match="shard 1, tokens 0 to 1: expected token ids below 16, found 99"):
         extract_ngrams(shards, vocab_size=16, num_workers=num_workers)
+
+
+@pytest.mark.parametrize("stage", ["_count_pairs", "_count_runs"])
+def test_killed_worker_is_an_error(monkeypatch, stage):
+    monkeypatch.setattr(count, stage, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match="a worker was killed, perhaps for want of memory: lower num_workers"):
+        extract_ngrams([make_shard([[5, 6]]), make_shard([[5, 6]])], vocab_size=16, num_workers=2)
 
 
 def test_planted_motifs_come_back(tmp_path, shared_data):

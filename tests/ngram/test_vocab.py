@@ -147,7 +147,7 @@ def test_command_writes_what_extraction_finds(tmp_path, corpus_dir, tokenizer, c
         assert row["bases"] == row["tokens"].replace(" ", "") and int(row["length"]) == len(ngram)
     manifest = json.loads((ngrams_dir / "manifest.json").read_text())
     assert manifest["parameters"]["min_pmi"] == 2.0
-    assert manifest["corpus_checksum"] == corpus.checksum
+    assert manifest["corpus_checksums"] == [corpus.checksum]
     assert manifest["ngram_json_sha256"] == sha256_file(ngrams_dir / "ngram.json")
     assert manifest["statistics"]["num_tokens"] == corpus.train.num_tokens
     assert sum(manifest["statistics"]["num_ngrams_by_length"].values()) == len(table)

@@ -1,0 +1,239 @@
+"""What one training step of the base model must compute and move, part by part, and the time that takes: predicted.
+
+    python -m benchmarks.budget [--fasta FILE --tokenizer DIR]
+
+Prints the table of README.md here, in Markdown. Needs no GPU. Kernels of compiled parts are those that PyTorch's
+compiler schedules for them; of the others, one for each of PyTorch's operations. A kernel takes as long as its
+arithmetic or its traffic, whichever is longer, at what was measured on an H200; traffic is each operand once, and
+launching costs nothing.
+"""
+
+# ruff: noqa: E402
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+import torch
+import torch.nn.functional as F
+from dnazen_kernels.ngram_masking import IGNORE_INDEX
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.debug import DebugContext
+from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import Scheduler
+from torch._inductor.virtualized import V
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.batches import Batch, add_genome_arguments, load_genomes, make_batch
+from benchmarks.roofline import LAUNCH_SECONDS, Traffic, integer_rows
+from dnazen.layers.encoder import NgramLayer, TokenLayer
+from dnazen.layers.fusion import packed_add_norm
+from dnazen.layers.padding import PackedBatch
+from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
+from dnazen.train.arguments import SIZE_DEFAULTS
+from dnazen.train.bench import training_flops
+
+FLOPS, BANDWIDTH, DATASHEET_FLOPS = 790e12, 4.3e12, 990e12  # per second: measured, measured, and what MFU divides by
+SEQUENCE_LENGTH = 512
+NGRAM_VOCAB_SIZE = 162_708  # published
+OPTIMIZER_BYTES = 30  # a parameter: bf16 gradient for the norm and again, three fp32 states read and written, bf16 weight
+
+
+class Kernel(NamedTuple):
+    """Something launched once."""
+
+    num_bytes: float
+    flops: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return max(self.num_bytes / BANDWIDTH, self.flops / FLOPS)
+
+
+class Part(NamedTuple):
+    """A part of the step, and how many times the step has it."""
+
+    name: str
+    times: int
+    kernels: list[Kernel]
+
+    @property
+    def seconds(self) -> float:
+        return self.times * sum(kernel.seconds for kernel in self.kernels)
+
+
+class EagerKernels(Traffic):
+    """Every operation of PyTorch as a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = self.launches, self.num_bytes
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        if self.launches > before[0]:
+            count = flop_registry.get(function.overloadpacket, lambda *_, **__: 0)
+            flops = count(*args, **(kwargs or {}), out_val=result)
+            self.kernels.append(Kernel(self.num_bytes - before[1], flops))
+            self.kernels += [Kernel(0)] * (self.launches - before[0] - 1)
+        return result
+
+
+def eager_kernels(run: Callable[[], Tensor]) -> list[Kernel]:
+    """Of forward and backward, on the meta device, where nothing is computed."""
+    with EagerKernels() as recorder:
+        output = run()
+        output.backward(torch.empty_like(output))
+    return recorder.kernels
+
+
+def compiled_kernels(module: nn.Module, *args) -> list[Kernel]:
+    """Of forward and backward, as PyTorch's compiler schedules them; their results are made up, not computed."""
+    kernels: list[Kernel] = []
+
+    def schedule(graph: torch.fx.GraphModule, example_inputs: list, is_backward: bool = False, **_) -> Callable:
+        output = graph.graph.output_node()
+        values = [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in output.args[0]]
+        strides = [value.stride() if isinstance(value, Tensor) else None for value in values]
+        output.meta.setdefault("original_output_strides", strides)
+        lowering = GraphLowering(graph, example_inputs=example_inputs, is_backward=is_backward)
+        fake_mode = detect_fake_mode(example_inputs)
+        with V.set_debug_handler(DebugContext()), V.set_graph_handler(lowering), V.set_fake_mode(fake_mode):
+            lowering.run(*example_inputs)
+            nodes = [node for node in Scheduler(lowering.operations).nodes if node.get_read_write_buffers_sizes()]
+            kernels.extend(Kernel(node.get_read_write_buffers_sizes(), node.estimate_flops() or 0) for node in nodes)
+
+        def run(inputs: list) -> list:
+            inputs.clear()
+            return [value.new_empty(value.shape) if isinstance(value, Tensor) else value for value in made_up]
+
+        made_up = [torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value for value in values]
+        run._boxed_call = True
+        return run
+
+    torch._dynamo.reset()
+    backend = functools.partial(compile_fx, inner_compile=schedule)
+    output = torch.compile(module, backend=backend, fullgraph=True)(*args)
+    output.backward(torch.empty_like(output))
+    return kernels
+
+
+def attention_kernels(lengths: Tensor, hidden_size: int) -> list[Kernel]:
+    """Of flash attention in bf16: one forward; backward a preparation, the gradients (for which scores are computed
+    again), a conversion."""
+    states = 2 * int(lengths.sum()) * hidden_size
+    product = 2 * float((lengths.double() ** 2).sum()) * hidden_size  # of two matrices
+    return [
+        Kernel(4 * states, 2 * product),
+        Kernel(2 * states),
+        Kernel(8 * states, 5 * product),
+        Kernel(2 * states),
+    ]
+
+
+class AttentionStandIn(torch.autograd.Function):
+    """Takes and gives what attention does, and launches nothing."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.empty_like(value)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(grad), torch.empty_like(grad), torch.empty_like(grad)
+
+
+def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
+    """Everything in a step of one micro-batch in bf16."""
+    hidden, layers, fused = config.hidden_size, config.num_hidden_layers, config.num_hidden_ngram_layers
+    masked, num_tokens = batch.masked, len(batch.input_ids)
+    num_ngrams, num_edges = len(masked.ngram_input_ids), len(masked.token_ngrams)
+    num_masked = int((masked.labels != IGNORE_INDEX).sum())
+    lengths, ngram_lengths = batch.cu_seqlens.diff(), masked.ngram_cu_seqlens.diff()
+    views = batch.input_ids.new_empty(num_tokens + num_ngrams + 2 + 2 * num_edges, dtype=torch.int32)
+    add_norm = packed_add_norm(
+        PackedBatch(
+            batch.input_ids, batch.cu_seqlens, 0, batch.input_ids[:num_ngrams], masked.ngram_cu_seqlens, 0,
+            *views.split([num_tokens + 1, num_edges, num_ngrams + 1, num_edges]),
+        ),
+        "triton",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = DNAZenForMaskedLM(config).to(torch.bfloat16).train()
+    token_layer, ngram_layer = TokenLayer(config).to(torch.bfloat16), NgramLayer(config).to(torch.bfloat16)
+
+    def states(rows: int, columns: int = hidden, device: str = "cpu") -> Tensor:
+        return torch.empty(rows, columns, dtype=torch.bfloat16, device=device, requires_grad=True)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
+        return AttentionStandIn.apply(query, key, value), None
+
+    def projections(module: nn.Module, rows: int) -> list[Kernel]:
+        return eager_kernels(lambda: module.to("meta")(states(rows, device="meta"), attend)[0])
+
+    def residual_output(module: nn.Module, rows: int) -> list[Kernel]:
+        return compiled_kernels(module, states(rows, module.dense.in_features), states(rows), add_norm)
+
+    def embeddings(module: nn.Module, rows: int) -> list[Kernel]:
+        return eager_kernels(lambda: module(torch.zeros(rows, dtype=torch.int64, device="meta")))
+
+    mlp, intermediate = token_layer.mlp, ngram_layer.intermediate
+    head = model.cls["predictions"]
+    labels = torch.zeros(num_masked, dtype=torch.int64, device="meta")
+    predict = lambda: F.cross_entropy(head(states(num_masked, device="meta")).float(), labels, reduction="sum")  # noqa: E731
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return [
+        *(Part(row.name, 1, [Kernel(row.num_bytes), *[Kernel(0)] * (row.launches - 1)]) for row in integer_rows(batch)),
+        Part("embeddings: tokens", 1, embeddings(model.bert.embeddings, num_tokens)),
+        Part("embeddings: G-grams", 1, embeddings(model.bert.ngram_embeddings, num_ngrams)),
+        Part("E4BU: q, k, v", layers, projections(token_layer.attention.self, num_tokens)),
+        Part("E4BU: attention", layers, attention_kernels(lengths, hidden)),
+        Part("E4BU: attention's output", layers, residual_output(token_layer.attention.output, num_tokens)),
+        Part("E4BU: MLP", layers - fused, compiled_kernels(mlp, states(num_tokens), add_norm, None)),
+        Part("E4BU: MLP, then fusion", fused, compiled_kernels(mlp, states(num_tokens), add_norm, states(num_ngrams))),
+        Part("G-grams: q, k, v", fused, projections(ngram_layer.attention.self, num_ngrams)),
+        Part("G-grams: attention", fused, attention_kernels(ngram_lengths, hidden)),
+        Part("G-grams: attention's output", fused, residual_output(ngram_layer.attention.output, num_ngrams)),
+        Part("G-grams: MLP, inner", fused, eager_kernels(lambda: intermediate.to("meta")(states(num_ngrams, device="meta")))),
+        Part("G-grams: MLP, outer", fused, residual_output(ngram_layer.output, num_ngrams)),
+        Part("masked-language head", 1, eager_kernels(predict)),
+        Part("optimizer, one GPU", 1, [Kernel(OPTIMIZER_BYTES * num_parameters)]),
+    ]
+
+
+def print_table(parts: list[Part], owed_flops: float, num_tokens: int) -> None:
+    """Markdown, and what it comes to."""
+    print("\n| | times | launches of one | GFLOP | MB | ms at 790 TFLOP/s | ms at 4.3 TB/s | ms |\n" + "|---" * 8 + "|")
+    for name, times, kernels in parts:
+        flops, num_bytes = (times * sum(column) for column in zip(*((k.flops, k.num_bytes) for k in kernels)))
+        cells = [f"{flops / 1e9:,.0f}", f"{num_bytes / 1e6:,.0f}", f"{1e3 * flops / FLOPS:.2f}", f"{1e3 * num_bytes / BANDWIDTH:.2f}"]
+        print(f"| {name} | {times} | {len(kernels)} | {' | '.join(cells)} | {1e3 * Part(name, times, kernels).seconds:.2f} |")
+    seconds, launches = sum(part.seconds for part in parts), sum(part.times * len(part.kernels) for part in parts)
+    print(f"\n{launches:,} launches, {1e3 * LAUNCH_SECONDS * launches:.1f} ms of the host's time")
+    print(f"owed: {owed_flops / 1e12:.2f} TFLOP, {owed_flops / num_tokens / 1e9:.3f} GFLOP a token")
+    print(f"at best {1e3 * seconds:.1f} ms, {num_tokens / seconds:,.0f} tokens/s, MFU {owed_flops / seconds / DATASHEET_FLOPS:.1%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_genome_arguments(parser)
+    args = parser.parse_args()
+    batch = make_batch(load_genomes(args.fasta, args.tokenizer, (SEQUENCE_LENGTH,))[SEQUENCE_LENGTH], SIZE_DEFAULTS["base"][0])
+    config = DNAZenConfig.from_size("base", vocab_size=4096, ngram_vocab_size=NGRAM_VOCAB_SIZE)
+    print_table(parts_of_step(config, batch), owed(config, batch), len(batch.input_ids))
+
+
+def owed(config: DNAZenConfig, batch: Batch) -> float:
+    """FLOPs that a step on the batch owes, by the formula of `dnazen bench`."""
+    lengths, ngram_lengths = (offsets.diff().numpy() for offsets in (batch.cu_seqlens, batch.masked.ngram_cu_seqlens))
+    return training_flops(config, lengths, ngram_lengths, int((batch.masked.labels != IGNORE_INDEX).sum()))
+
+
+if __name__ == "__main__":
+    main()
