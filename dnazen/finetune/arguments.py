@@ -42,7 +42,7 @@ class FinetuningDataArguments:
     data: str = field(metadata={"help": "folder with train.csv, dev.csv and perhaps test.csv, each plain or .gz"})
     task: str = field(default=CLASSIFICATION, metadata={"choices": list(KINDS), "help": "what the column label holds"})
     max_length: int | None = field(default=None, metadata={"help": "tokens of a sequence at most; default: 512"})
-    use_ngrams: bool = field(default=True, metadata={"help": "let the model see the G-grams"})
+    use_ngrams: bool = field(default=True, metadata={"help": "let the model see the G-grams, if it did in pretraining"})
     class_weights: list[str] | None = field(
         default=None, metadata={"help": "`balanced`, or a weight for each class; default: all 1"}
     )

@@ -72,6 +72,7 @@ class Encoder(NamedTuple):
         if config.get("model_type") == "dnazen" or "alibi_starting_size" in config:
             tokenizer, vocabulary = load_vocabularies(folder)
             vocabulary, longest = vocabulary or NgramVocabulary([], []), None
+            use_ngrams = use_ngrams and config.get("use_ngrams", True)  # as it was pretrained
         else:
             tokenizer, vocabulary = AutoTokenizer.from_pretrained(folder), None
             longest = min(tokenizer.model_max_length, config.get("max_position_embeddings", MAX_LENGTH))
@@ -176,6 +177,7 @@ def load_model(encoder: Encoder, task: Task, attn_implementation: str | None = N
     model_class = AutoModelForSequenceClassification
     if encoder.is_packed:
         model_class = DNAZenForTokenClassification if task.kind == PER_BASE else DNAZenForSequenceClassification
+        options["use_ngrams"] = encoder.use_ngrams
         if not encoder.vocabulary.ngrams:
             # no G-gram ever reaches their encoder, which cannot be smaller than this
             options |= {"ngram_vocab_size": encoder.vocabulary.vocab_size, "num_hidden_ngram_layers": 1}

@@ -160,7 +160,7 @@ def describe(
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     lines = [
         f"model   {data_args.model}: {total:,} parameters, {trained:,} of them trained"
-        + ("" if data_args.use_ngrams else ", without G-grams"),
+        + ("" if getattr(model.config, "use_ngrams", True) else ", without G-grams"),
         f"task    {task.kind}, {task.num_labels} outputs"
         + (f", weights {', '.join(f'{weight:.3g}' for weight in weights)}" if weights else ""),
     ]

@@ -93,7 +93,7 @@ def run_gue(
         output_dir: `report.md`, `results.csv`, `density.csv`, `gue.png`, and `jobs/` with what each job wrote.
         seeds: how many; they are 0, 1, ...
         tasks: data sets by name; None for all that are there.
-        no_ngrams: run each model a second time, with its G-grams hidden.
+        no_ngrams: run each model that was pretrained with G-grams a second time, with its G-grams hidden.
         learning_rate: for all data sets.
         epochs, max_steps: of each, instead of the protocol's; the learning rate falls to 0 over them.
         jobs_per_device: at a time; by default what a GPU's memory holds, or one for each core.
@@ -169,7 +169,8 @@ def list_models(names: list[str], no_ngrams: bool) -> list[Model]:
             continue
         label, checksum = "-".join(parts[name][-depth:]), checksum_weights(folder)
         models.append(Model(label, folder, True, checksum))
-        if no_ngrams and (folder / "ngram.json").is_file():
+        sees_ngrams = read_json(folder / "config.json", "a model's configuration").get("use_ngrams", True)
+        if no_ngrams and sees_ngrams and (folder / "ngram.json").is_file():
             models.append(Model(f"{label}, no G-grams", folder, False, checksum))
     return models
 

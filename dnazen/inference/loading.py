@@ -43,7 +43,7 @@ def load_for_inference(
 ) -> InferenceModel:
     """Load a model, a folder or a name on the Hugging Face hub, on the GPU if there is one.
 
-    A folder without `ngram.json`, as DNABERT-2's, gives a model that sees tokens alone.
+    A folder without `ngram.json`, as DNABERT-2's, gives a model that sees tokens alone, as one trained without G-grams.
 
     Args:
         name: of the folder or of the hub's model.
@@ -63,4 +63,5 @@ def load_for_inference(
         options["ngram_vocab_size"] = vocabulary.vocab_size
     model = model_class.from_pretrained(folder, dtype=dtype, **options)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return InferenceModel(model, tokenizer, vocabulary, PackedCollator(tokenizer, vocabulary), spell_tokens(tokenizer))
+    collator = PackedCollator(tokenizer, vocabulary, use_ngrams=model.config.use_ngrams)
+    return InferenceModel(model, tokenizer, vocabulary, collator, spell_tokens(tokenizer))

@@ -31,7 +31,8 @@ class DNAZenConfig(PreTrainedConfig):
 
     `hidden_size`, `num_attention_heads` and `intermediate_size` hold for both encoders. E4BU has `num_hidden_layers`
     layers; the G-gram encoder has `num_hidden_ngram_layers`, whose outputs are added after E4BU's first as many layers.
-    `max_ngram_count` is the cap of G-grams per sequence the model was trained with (None: no cap).
+    `max_ngram_count` is the cap of G-grams per sequence the model was trained with (None: no cap); `use_ngrams` is False if
+    it was trained without any, and then whatever prepares its input leaves them out.
     `impl` is not saved: "auto" runs packed, with Triton kernels on a GPU; "triton" demands them (on a CPU they need
     TRITON_INTERPRET=1); "reference" runs padded, with a dense matching matrix and eager attention.
 
@@ -49,6 +50,7 @@ class DNAZenConfig(PreTrainedConfig):
     num_hidden_ngram_layers: int = 6
     ngram_vocab_size: int = 162708
     max_ngram_count: int | None = None
+    use_ngrams: bool = True
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.0
     classifier_dropout: float | None = None
@@ -97,7 +99,8 @@ class DNAZenConfig(PreTrainedConfig):
         for name in ("unk_token_id", "cls_token_id", "sep_token_id", "pad_token_id", "mask_token_id"):
             is_id = is_number(name, (int,)) and 0 <= getattr(self, name) < self.vocab_size
             check(getattr(self, name) is None or is_id, name, f"None or an id below vocab_size {self.vocab_size}")
-        check(isinstance(self.tie_word_embeddings, bool), "tie_word_embeddings", "true or false")
+        for name in ("tie_word_embeddings", "use_ngrams"):
+            check(isinstance(getattr(self, name), bool), name, "true or false")
         check(self.impl in ("auto", "triton", "reference"), "impl", "'auto', 'triton' or 'reference'")
 
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:

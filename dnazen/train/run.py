@@ -203,6 +203,7 @@ def build_config(
     from_data = {
         "ngram_vocab_size": vocabulary.vocab_size,
         "max_ngram_count": vocabulary.max_ngrams,
+        "use_ngrams": data_args.use_ngrams,
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep", "mask", "unk")},
     }
     if source is None:

@@ -1,6 +1,8 @@
 """From sequences to logits: batches, truncation, other models, adapters."""
 
+import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from dnazen.files import InputError
 from dnazen.finetune.data import Table
 from dnazen.finetune.model import Encoder, add_adapters, load_model, predict_logits
 from dnazen.finetune.tasks import Task
-from dnazen.models import DNAZenForSequenceClassification, DNAZenForTokenClassification
+from dnazen.inference.loading import load_for_inference
+from dnazen.models import DNAZenForMaskedLM, DNAZenForSequenceClassification, DNAZenForTokenClassification
 from tests.finetune.conftest import motif_row, random_sequence
 from tests.model.published import write_dnabert2
 
@@ -193,3 +196,20 @@ def test_token_classification(model_folder, tmp_path):
     model.save_pretrained(tmp_path / "headless", state_dict=weights)
     with pytest.raises(InputError, match="missing: classifier.bias, classifier.weight"):
         DNAZenForTokenClassification.from_pretrained(tmp_path / "headless")
+
+
+def test_a_model_pretrained_without_ngrams_is_used_without(model_folder, sequences, tmp_path):
+    """Whatever lies beside its weights, and whatever is asked for; and what is saved says so too."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "use_ngrams": False}))
+    rows = table_of(*sequences[:8])
+    (hidden, model), (never, its) = make(model_folder, use_ngrams=False), make(tmp_path / "model", use_ngrams=True)
+    assert not never.use_ngrams and not its.config.use_ngrams and not model.config.use_ngrams
+    ids = hidden.encode(rows, TASK).input_ids
+    expected, found = predict_logits(model, hidden, TASK, ids), predict_logits(its, never, TASK, ids)
+    np.testing.assert_array_equal(found, expected)
+    seen, other = make(model_folder)
+    assert not np.array_equal(predict_logits(other, seen, TASK, ids), expected)
+    loaded = load_for_inference(str(tmp_path / "model"), DNAZenForMaskedLM)
+    assert loaded.collator.use_ngrams is False

@@ -107,6 +107,9 @@ def test_labels_of_models(model_folder, tmp_path):  # noqa: F811
     assert [m.label for m in list_models([*names, "kmer-lr"], True)] == [
         "a", "a, no G-grams", "b", "b, no G-grams", "kmer-lr"
     ]  # fmt: skip
+    config = tmp_path / "b" / "final" / "config.json"  # one that was pretrained without
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_ngrams": False}))
+    assert [m.label for m in list_models(names, True)] == ["a", "a, no G-grams", "b"]
     same = [str(tmp_path / "c" / "x"), str(tmp_path / "d" / "x")]
     assert [m.label for m in list_models(same, False)] == ["c-x", "d-x"]
     with pytest.raises(InputError, match="expected different models"):
