@@ -24,10 +24,10 @@ that is above 1: matches that hang on few common tokens come in bursts. Similar 
 shuffles.
 
 *What it does not say.* Pairs of neighbouring bases are not kept: what makes CG rare and AA common within all tokens may
-also make a motif rare or common. Tokens are shuffled apart although a tokenizer may have merged several from one shorter
-token: what these share is still counted as evidence of its own. Short tokens have few orders, and those of one base, once
-or repeated, a single one: what lies on them is the same in each set and cannot be found. The table names the token that
-most matches lie on, and how many. The p-value of a single match is not corrected for anything.
+also make a motif rare or common. Tokens are shuffled apart although a tokenizer may have merged several from one
+shorter token: what these share is still counted as evidence of its own. Short tokens have few orders, and those of one
+base, once or repeated, a single one: what lies on them is the same in each set and cannot be found. The table names the
+token that most matches lie on, and how many. The p-value of a single match is not corrected for anything.
 """
 
 from collections import Counter
@@ -263,7 +263,7 @@ class _Scorer:
 
 
 def _unique_spellings(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first row of `codes [n, L]` (uint8) of each spelling on either strand `[k]`, and each row's spelling `[n]`."""
+    """Of `codes [n, L]` (uint8): the first row of each spelling on either strand, `[k]`, and each row's spelling, `[n]`."""
     strands = (codes, 3 - codes[:, ::-1])
     # as texts, which end with their first byte of 0
     given, other = (np.ascontiguousarray(strand + 1).view(f"S{codes.shape[1]}")[:, 0] for strand in strands)

@@ -39,6 +39,8 @@ class MotifReport:
     rows: list[dict[str, Any]]  # of motifs.tsv
     num_spellings: int
     num_ngrams: int
+    num_tokens: int  # different ones
+    num_fixed_tokens: int  # of these, of one base, once or repeated: shuffles do not change them
     num_unmatchable: int
     num_shuffles: int
 
@@ -71,6 +73,7 @@ def build_motifs(
         all_ngrams.append(tokens)
         by_spelling.setdefault(_either_strand(tokens), []).append(_Ngram(ngram_id, tokens))
     result = score_motifs(all_ngrams, known, shuffles, seed)
+    tokens = {token for ngram in all_ngrams for token in ngram}
     matches, order = result.matches, np.lexsort((-result.hits, -result.enrichments))
     by_motif = np.split(np.lexsort((-matches.margins, matches.motifs)), np.cumsum(result.hits)[:-1])
     rows, listed = [], []
@@ -104,7 +107,15 @@ def build_motifs(
         _write_tsv(directory / "motifs.tsv", list(rows[0]), rows)
         _write_tsv(directory / "matches.tsv", _MATCH_COLUMNS, listed)
         _plot_logos(directory / "logos.png", [known[i] for i in order[:_LOGOS]], rows, listed)
-        report = MotifReport(rows, len(by_spelling), len(vocabulary.ids), int((~result.can_match).sum()), shuffles)
+        report = MotifReport(
+            rows,
+            num_spellings=len(by_spelling),
+            num_ngrams=len(all_ngrams),
+            num_tokens=len(tokens),
+            num_fixed_tokens=sum(len(set(token)) == 1 for token in tokens),
+            num_unmatchable=int((~result.can_match).sum()),
+            num_shuffles=shuffles,
+        )
         manifest = {
             "dnazen_version": __version__,
             "ngrams": {"path": str(ngrams), "checksum": vocabulary.checksum, "num_ngrams": report.num_ngrams},
@@ -112,7 +123,12 @@ def build_motifs(
             "motifs": {"path": str(motifs), "sha256": sha256_file(motifs), "num_motifs": len(known)},
             "parameters": {"shuffles": shuffles, "seed": seed},
             "thresholds": {"match_tail": MATCH_TAIL, "min_information": MIN_INFORMATION},
-            "statistics": {"num_spellings": report.num_spellings, "num_unmatchable": report.num_unmatchable},
+            "statistics": {
+                "num_spellings": report.num_spellings,
+                "num_tokens": report.num_tokens,
+                "num_fixed_tokens": report.num_fixed_tokens,
+                "num_unmatchable": report.num_unmatchable,
+            },
         }
         write_json(directory / MANIFEST_FILE, manifest)
     return report
@@ -123,6 +139,7 @@ def summarize(report: MotifReport) -> str:
     significant = sum(float(row["adjusted_p_value"]) <= 0.05 for row in report.rows)
     lines = [
         f"G-grams     {report.num_ngrams:,}, of {report.num_spellings:,} different spellings on either strand",
+        f"shuffled    {report.num_tokens:,} tokens; {report.num_fixed_tokens:,} of one base, once or repeated, stay as are",
         f"motifs      {len(report.rows):,}; {report.num_unmatchable:,} too short or vague to match anything",
         f"enriched    {significant:,} motifs, at a family-wise p-value of 0.05 at most (smallest possible: "
         f"{1 / (report.num_shuffles + 1):.3g}, with {report.num_shuffles:,} shuffles)",

@@ -261,9 +261,12 @@ def spell(ngram, spelt: dict[str, str]) -> str:
     return min(bases, reverse_complement(bases))
 
 
-def random_ngrams(letters: random.Random, num_tokens: int, num_ngrams: int) -> list[tuple[str, ...]]:
+def random_ngrams(
+    letters: random.Random, num_tokens: int, num_ngrams: int, lengths: tuple[int, ...] = (3, 4, 5, 6)
+) -> list[tuple[str, ...]]:
     """Different G-grams of 2 or 3 tokens of random bases, a few tokens much more often than others."""
-    tokens = list(dict.fromkeys("".join(letters.choices("ACGT", k=letters.randint(3, 6))) for _ in range(num_tokens)))
+    tokens = ["".join(letters.choices("ACGT", k=letters.choice(lengths))) for _ in range(num_tokens)]
+    tokens = list(dict.fromkeys(tokens))
     weights = [1 / rank for rank in range(1, len(tokens) + 1)]
     ngrams = {}
     while len(ngrams) < num_ngrams:
@@ -305,7 +308,8 @@ def test_p_values_equal_slow_ones(monkeypatch):
     # a set as enriched as the real one but for rounding counts as such
     largest = enrichments.max(1)[:, None] + 1e-12
     assert result.adjusted_p_values.tolist() == (largest >= enrichments[0]).mean(0).tolist()
-    for number, ngram, as_good in zip(result.matches.motifs, result.matches.ngrams, result.matches.as_good, strict=True):
+    found = result.matches
+    for number, ngram, as_good in zip(found.motifs, found.ngrams, found.as_good, strict=True):
         assert spell(ngrams[ngram], sets[0]) not in {spell(other, sets[0]) for other in ngrams[:ngram]}
         others = [margins[number, place][ngram] for place in range(1, num_shuffles + 1)]
         assert as_good == sum(margin >= margins[number, 0][ngram] for margin in others)
@@ -343,12 +347,12 @@ def test_what_cannot_change_is_never_found():
 
 
 def test_family_wise_p_values_hold_where_there_is_nothing_to_find():
-    """Tokens of random bases, shared by many G-grams: the smallest p-value is at most 1 / 10 in a tenth of the cases."""
+    """Tokens of random bases, in many G-grams each: the smallest p-value is at most 1 / 10 in a tenth of the cases."""
     rng, letters = np.random.default_rng(0), random.Random(0)
-    known = [random_motif(rng, width) for width in (5, 6, 6, 7, 7, 8, 9, 10)]
+    known = [random_motif(rng, width) for width in (5, 6, 7, 8, 9, 10) * 6]
     cases, smallest = 100, []
     for case in range(cases):
-        ngrams = random_ngrams(letters, 40, 50)
+        ngrams = random_ngrams(letters, 100, 100, lengths=(5,))
         smallest.append(score_motifs(ngrams, known, num_shuffles=9, seed=case).adjusted_p_values.min())
     # ties make it less often; 3 standard deviations of a binomial
     share = sum(p <= 0.1 for p in smallest) / cases
@@ -385,6 +389,11 @@ def test_command_writes_tables_and_logos(ngrams_dir, tmp_path, capsys):
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
     assert (manifest["parameters"]["seed"], manifest["parameters"]["shuffles"]) == (5, 19)
     vocabulary = json.loads((ngrams_dir / "ngram.json").read_text())["vocab"]
+    tokens = {token for entry in vocabulary for token in entry.split()}
+    num_fixed = sum(len(set(token)) == 1 for token in tokens)
+    assert f"{len(tokens)} tokens; {num_fixed} of one base" in printed and 0 < num_fixed < len(tokens)
+    statistics = manifest["statistics"]
+    assert (statistics["num_tokens"], statistics["num_fixed_tokens"]) == (len(tokens), num_fixed)
     spelt = [entry.replace(" ", "") for entry in vocabulary]
     different = {min(text, reverse_complement(text)) for text in spelt}
     assert manifest["ngrams"]["num_ngrams"] == len(spelt) > len(different) == manifest["statistics"]["num_spellings"]
@@ -430,7 +439,10 @@ def test_refusals_leave_nothing_behind(ngrams_dir, tmp_path, capsys):
 
 
 def test_tata_boxes_in_human_core_promoters(shared_data, tmp_path):
-    """Paper, section 4.5: G-grams of TATA promoters match TBP more than shuffles do; other promoters' do not."""
+    """Paper, section 4.5: G-grams of TATA promoters match TBP more than shuffles do; other promoters' do not.
+
+    One motif, named beforehand, needs no correction; the best of 879 by chance is as enriched now and then.
+    """
     gue, tokenizer = shared_data / "gue" / "prom", load_tokenizer(shared_data / "tokenizer")
 
     def read(name: str) -> list[str]:
@@ -451,6 +463,6 @@ def test_tata_boxes_in_human_core_promoters(shared_data, tmp_path):
         assert len(report.rows) == 879 and report.num_ngrams > 100
         (found[name],) = [row for row in report.rows if row["motif"] == "MA0108.3"]
         found[name]["share"] = found[name]["matches"] / report.num_spellings
-    assert float(found["tata"]["adjusted_p_value"]) <= 0.05 < float(found["others"]["adjusted_p_value"])
-    assert found["tata"]["matches"] > 1.5 * float(found["tata"]["expected"])
+    assert float(found["tata"]["p_value"]) <= 0.02 < 0.2 < float(found["others"]["p_value"])
+    assert found["tata"]["matches"] > 2 * float(found["tata"]["expected"])
     assert found["tata"]["share"] > 0.15 > 0.05 > found["others"]["share"]
