@@ -139,7 +139,8 @@ def summarize(report: MotifReport) -> str:
     significant = sum(float(row["adjusted_p_value"]) <= 0.05 for row in report.rows)
     lines = [
         f"G-grams     {report.num_ngrams:,}, of {report.num_spellings:,} different spellings on either strand",
-        f"shuffled    {report.num_tokens:,} tokens; {report.num_fixed_tokens:,} of one base, once or repeated, stay as are",
+        f"shuffled    {report.num_tokens:,} tokens; "
+        f"{report.num_fixed_tokens:,} of one base, once or repeated, cannot change",
         f"motifs      {len(report.rows):,}; {report.num_unmatchable:,} too short or vague to match anything",
         f"enriched    {significant:,} motifs, at a family-wise p-value of 0.05 at most (smallest possible: "
         f"{1 / (report.num_shuffles + 1):.3g}, with {report.num_shuffles:,} shuffles)",
