@@ -263,7 +263,7 @@ class _Scorer:
 
 
 def _unique_spellings(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first row of each spelling (on either strand) in `codes [n, L]` (uint8), `[k]`; each row's spelling, `[n]`."""
+    """The first row of each spelling on either strand in `codes [n, L]` (uint8), `[k]`; each row's spelling, `[n]`."""
     strands = (codes, 3 - codes[:, ::-1])
     # as texts, which end with their first byte of 0
     given, other = (np.ascontiguousarray(strand + 1).view(f"S{codes.shape[1]}")[:, 0] for strand in strands)
