@@ -6,21 +6,28 @@ out at either end, as long as half of its information lies on the G-gram; the re
 where those columns score as high as one place in a thousand of random sequence would. Motifs that are too short or
 vague for that match nothing, and are counted.
 
-*Unit.* G-grams that spell the same bases, on either strand, count once.
+*Null.* What the order of the bases within the tokens alone explains: in each of R shuffled sets every token's bases are
+put in random order once, and all G-grams are spelled anew with these tokens. G-grams that share a token so share its
+bases in each set, as they do in truth; G-grams shuffled each by itself would count one token that happens to spell a
+motif as evidence from every G-gram with it. If the bases of a token came in no particular order, the real set would be
+one like the others, and the p-values right, whatever the G-grams are. With R sets none is below 1 / (R + 1).
 
-*Null.* Each spelling is shuffled by itself with all its pairs of neighbouring bases kept (Altschul and Erickson 1985):
-what repeats and base composition alone explain is no finding. Short spellings have few such shuffles, which makes the
-test conservative. With R sets of shuffles no p-value is below 1 / (R + 1).
+*Unit.* G-grams that spell the same bases, on either strand, count once: in the real set, and anew in each shuffled one,
+where they may spell different bases, and others the same. So two tokenisations of one spelling are no second match, but
+they may be two in a shuffled set: many of them make the test conservative.
 
 *Correction.* For hundreds of motifs Bonferroni or Benjamini-Hochberg would need R in the tens of thousands. The
 family-wise p-value of Westfall and Young (1993, single-step maxT) does not: it is the share of sets, the real one among
 them, whose most enriched motif is at least as enriched as this one. Enrichment is `2 (sqrt(matches + 3/8) -
-sqrt(expected + 3/8))`, whose spread is about 1 for rare and for frequent motifs alike. Similar motifs need no care:
-they share the shuffles.
+sqrt(expected + 3/8))`, whose spread is about 1 if matches come one by one, divided by its spread over all sets where
+that is above 1: matches that hang on few common tokens come in bursts. Similar motifs need no care: they share the
+shuffles.
 
-*What it does not say.* G-grams share tokens, and are shuffled apart: one token that spells a motif brings many matches,
-as if each were evidence of its own. The table names the token that most matches lie on, and how many. The p-value
-of a single match is not corrected for anything.
+*What it does not say.* Pairs of neighbouring bases are not kept: what makes CG rare and AA common within all tokens may
+also make a motif rare or common. Tokens are shuffled apart although a tokenizer may have merged several from one
+shorter token: what these share is still counted as evidence of its own. Short tokens have few orders, and those of one
+base, once or repeated, a single one: what lies on them is the same in each set and cannot be found. The table names the
+token that most matches lie on, and how many. The p-value of a single match is not corrected for anything.
 """
 
 from collections import Counter
@@ -44,19 +51,19 @@ class Matches(NamedTuple):
     """Pairs of motif and spelling that match, the best place of each."""
 
     motifs: np.ndarray  # int32
-    spellings: np.ndarray  # int32
+    ngrams: np.ndarray  # int32: the first G-gram that spells it
     scores: np.ndarray  # float32, bits
     margins: np.ndarray  # float32, in `BITS`: by how much the score is above what a match there needs
-    offsets: np.ndarray  # int32: base of the spelling where the motif's first column lies; below 0 if it stands out
+    offsets: np.ndarray  # int32: base of the G-gram where the motif's first column lies; below 0 if it stands out
     reverse: np.ndarray  # bool: the motif's other strand lies there
-    as_good: np.ndarray  # int32: shuffles of the spelling that match the motif as well or better
+    as_good: np.ndarray  # int32: shuffles of the G-gram that match the motif as well or better
 
 
 @dataclass
 class MotifEnrichment:
     """The result of `score_motifs` for M motifs."""
 
-    hits: np.ndarray  # int64 [M]: spellings that match
+    hits: np.ndarray  # int64 [M]: different spellings that match
     expected: np.ndarray  # float64 [M]: mean over the real and the shuffled sets
     p_values: np.ndarray  # float64 [M]
     adjusted_p_values: np.ndarray  # float64 [M], family-wise
@@ -66,44 +73,58 @@ class MotifEnrichment:
 
 
 def score_motifs(
-    spellings: Sequence[str], motifs: Sequence[Motif], num_shuffles: int = 199, seed: int = 0
+    ngrams: Sequence[Sequence[str]], motifs: Sequence[Motif], num_shuffles: int = 199, seed: int = 0
 ) -> MotifEnrichment:
-    """Match different spellings of A, C, G, T against motifs, and their shuffles too; see the module.
+    """Match different G-grams, given as tokens of A, C, G, T, against motifs, and their shuffles too; see the module.
 
-    Memory: the tables of one length of spelling, a chunk of 2,048 spellings against them (some 100 MB for a thousand
-    motifs), and some 30 bytes for each match. The result depends on `seed` and on the order of the spellings.
+    Memory: a byte for each base of each different token in each set, the tables of one length of spelling, a chunk of
+    2,048 spellings against them (some 100 MB for a thousand motifs), and some 30 bytes for each match. The result
+    depends on `seed` and on the order in which the tokens first come.
 
     Raises:
-        InputError: no spelling or motif; fewer than 1 shuffle.
+        InputError: no G-gram or motif; fewer than 1 shuffle.
     """
-    for name, value in (("spellings", len(spellings)), ("motifs", len(motifs)), ("num_shuffles", num_shuffles)):
+    for name, value in (("ngrams", len(ngrams)), ("motifs", len(motifs)), ("num_shuffles", num_shuffles)):
         if value < 1:
             raise InputError(f"{name}: expected at least 1, found {value}")
-    background = base_composition(spellings)
+    background = base_composition(ngrams)
     tables = [log_odds(motif, background) for motif in motifs]
     needed = [match_thresholds(motif, table, background) for motif, table in zip(motifs, tables, strict=True)]
-    rng = np.random.default_rng(seed)
+    tokens = list(dict.fromkeys(token for ngram in ngrams for token in ngram))
+    sets = shuffle_tokens(tokens, num_shuffles, np.random.default_rng(seed))
+    ends = np.cumsum([len(token) for token in tokens])
+    columns = {token: range(end - len(token), end) for token, end in zip(tokens, ends.tolist(), strict=True)}
+    places = [[column for token in ngram for column in columns[token]] for ngram in ngrams]  # in `sets`
     hits = np.zeros((num_shuffles + 1, len(motifs)), np.int64)  # row 0: the real ones
     found: list[Matches] = []
-    lengths = np.array([len(spelling) for spelling in spellings])
-    with tqdm(desc="matching and shuffling", unit=" G-grams", unit_scale=True, total=len(spellings)) as progress:
+    lengths = np.array([len(own) for own in places])
+    with tqdm(desc="matching and shuffling", unit=" G-grams", unit_scale=True, total=len(ngrams)) as progress:
         for length in np.unique(lengths):
             scorer = _Scorer(tables, needed, int(length))
             numbers = np.flatnonzero(lengths == length)
-            for first in range(0, len(numbers), _CHUNK_SPELLINGS):
-                chunk = numbers[first : first + _CHUNK_SPELLINGS]
-                codes = _encode([spellings[i] for i in chunk])
-                matches = scorer.find(codes)
-                np.add.at(hits[0], matches.motifs, 1)
-                for number in range(1, num_shuffles + 1 if scorer.can_match else 1):
-                    margins = scorer.margins(shuffle_bases(codes, rng))
+            own_places = np.array([places[i] for i in numbers])
+            codes = sets[0][own_places]
+            different = np.sort(_unique_spellings(codes)[0])
+            chunks = [different[i : i + _CHUNK_SPELLINGS] for i in range(0, len(different), _CHUNK_SPELLINGS)]
+            parts = [(chunk, scorer.find(codes[chunk])) for chunk in chunks]
+            parts = [part._replace(ngrams=chunk[part.ngrams].astype(np.int32)) for chunk, part in parts]
+            matches = Matches(*map(np.concatenate, zip(*parts, strict=True)))
+            np.add.at(hits[0], matches.motifs, 1)
+            rows = np.searchsorted(scorer.motifs, matches.motifs)
+            for number in range(1, num_shuffles + 1 if scorer.can_match else 1):
+                codes = sets[number][own_places]
+                different, spellings = _unique_spellings(codes)
+                own = spellings[matches.ngrams]
+                for first in range(0, len(different), _CHUNK_SPELLINGS):
+                    margins = scorer.margins(codes[different[first : first + _CHUNK_SPELLINGS]])
                     hits[number, scorer.motifs] += (margins >= 0).sum(1)
-                    own = margins[np.searchsorted(scorer.motifs, matches.motifs), matches.spellings]
-                    matches.as_good[:] += own >= matches.margins
-                found.append(matches._replace(spellings=chunk[matches.spellings].astype(np.int32)))
-                progress.update(len(chunk))
+                    here = np.flatnonzero((first <= own) & (own < first + _CHUNK_SPELLINGS))
+                    matches.as_good[here] += margins[rows[here], own[here] - first] >= matches.margins[here]
+            found.append(matches._replace(ngrams=numbers[matches.ngrams].astype(np.int32)))
+            progress.update(len(numbers))
     expected = hits.mean(0)
-    enrichments = 2 * (np.sqrt(hits + 3 / 8) - np.sqrt(expected + 3 / 8))
+    roots = 2 * np.sqrt(hits + 3 / 8)
+    enrichments = (roots - 2 * np.sqrt(expected + 3 / 8)) / np.maximum(roots.std(0), 1)
     best = enrichments.max(1)
     return MotifEnrichment(
         hits=hits[0],
@@ -116,9 +137,22 @@ def score_motifs(
     )
 
 
-def base_composition(spellings: Sequence[str]) -> np.ndarray:
-    """Shares of A, C, G, T over both strands, `[4]`, each at least 1 %."""
-    counts = Counter("".join(spellings))
+def shuffle_tokens(tokens: Sequence[str], num_shuffles: int, rng: np.random.Generator) -> np.ndarray:
+    """The bases of different tokens one after the other, uint8 `[num_shuffles + 1, bases]`, 0 to 3 for A, C, G, T.
+
+    Row 0 is as given; in each other one the bases of each token are in random order.
+    """
+    letters = np.frombuffer("".join(tokens).encode(), np.uint8)
+    sets = np.tile(np.searchsorted(np.frombuffer(b"ACGT", np.uint8), letters).astype(np.uint8), (num_shuffles + 1, 1))
+    owners = np.repeat(np.arange(len(tokens)), [len(token) for token in tokens])
+    for row in sets[1:]:
+        row[:] = row[np.lexsort((rng.random(len(row)), owners))]
+    return sets
+
+
+def base_composition(ngrams: Sequence[Sequence[str]]) -> np.ndarray:
+    """Shares of A, C, G, T in all G-grams, over both strands, `[4]`, each at least 1 %; shuffles do not change them."""
+    counts = Counter("".join(token for ngram in ngrams for token in ngram))
     at, cg = counts["A"] + counts["T"], counts["C"] + counts["G"]
     at = np.clip(at / (at + cg), 0.02, 0.98) / 2
     return np.array([at, 0.5 - at, 0.5 - at, at])
@@ -167,46 +201,6 @@ def column_information(motif: Motif) -> np.ndarray:
     return 2 + (shares * np.log2(np.where(shares > 0, shares, 1))).sum(1)
 
 
-def shuffle_bases(codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shuffle each row of `codes [n, L]` (0 to 3): uniform among all rows with the same pairs of neighbours.
-
-    Such a row begins and ends with the same base. It is an Eulerian path: from each base but the last, the last way
-    out is drawn such that these lead to the end (drawn anew where not); the other ways out follow each other at random.
-    """
-    n, length = codes.shape
-    if length < 4:
-        return codes.copy()
-    rows, steps = np.arange(n), length - 1
-    keys = rng.random((n, steps))
-    pending = rows
-    while len(pending):
-        # the way out with the largest key is the last one
-        last = np.tile(np.arange(4), (len(pending), 1))
-        for base in range(4):
-            ways = np.where(codes[pending, :-1] == base, keys[pending], -1.0)
-            way = ways.argmax(1)
-            has_way = (ways.max(1) >= 0) & (codes[pending, -1] != base)
-            last[has_way, base] = codes[pending, way + 1][has_way]
-        reached = last
-        for _ in range(2):  # twice doubled: four steps lead from any base to the end
-            reached = np.take_along_axis(reached, reached, 1)
-        end = codes[pending, -1:]
-        present = (codes[pending][:, :, None] == np.arange(4)).any(1)
-        pending = pending[(present & (reached != end)).any(1)]
-        keys[pending] = rng.random((len(pending), steps))
-    # ways out sorted by base, then key; `places` is where each base's next one lies
-    order = np.lexsort((keys, codes[:, :-1]), axis=1)
-    successors = np.take_along_axis(codes[:, 1:], order, 1)
-    places = (codes[:, :-1, None] < np.arange(4)).sum(1)
-    result = np.empty_like(codes)
-    result[:, 0] = current = codes[:, 0]
-    for step in range(1, length):
-        place = places[rows, current]
-        places[rows, current] += 1
-        result[:, step] = current = successors[rows, place]
-    return result
-
-
 class _Scorer:
     """Matches all spellings of one length against all motifs: one product of matrices.
 
@@ -244,30 +238,34 @@ class _Scorer:
         return np.maximum.reduceat(self._scores(codes), self._firsts, axis=0)
 
     def find(self, codes: np.ndarray) -> Matches:
-        """The matches in `codes [n, L]`."""
+        """The matches in `codes [n, L]`; its rows for G-grams."""
         if not self.can_match:
             empty = np.zeros(0, np.int32)
             real = empty.astype(np.float32)
             return Matches(empty, empty, real, real, empty, empty.astype(bool), empty.copy())
         scores = self._scores(codes)
         margins = np.maximum.reduceat(scores, self._firsts, axis=0)
-        groups, spellings = np.nonzero(margins >= 0)
+        groups, rows = np.nonzero(margins >= 0)
         ends = np.append(self._firsts[1:], len(scores))
         best = [
-            first + int(scores[first:end, spelling].argmax())
-            for first, end, spelling in zip(self._firsts[groups], ends[groups], spellings, strict=True)
+            first + int(scores[first:end, row].argmax())
+            for first, end, row in zip(self._firsts[groups], ends[groups], rows, strict=True)
         ]
         motifs, offsets, reverse = self._places[best].reshape(-1, 3).T
-        above = margins[groups, spellings]
+        above = margins[groups, rows]
         bits = (above + self._needed[best]) * np.float32(BITS)
-        spellings, none = spellings.astype(np.int32), np.zeros(len(motifs), np.int32)
-        return Matches(motifs, spellings, bits, above, offsets, reverse.astype(bool), none)
+        rows, none = rows.astype(np.int32), np.zeros(len(motifs), np.int32)
+        return Matches(motifs, rows, bits, above, offsets, reverse.astype(bool), none)
 
     def _scores(self, codes: np.ndarray) -> np.ndarray:
         one_hot = (codes[:, :, None] == np.arange(4)).reshape(len(codes), -1)
         return self._matrix @ np.pad(one_hot, ((0, 0), (0, 1)), constant_values=True).astype(np.float32).T
 
 
-def _encode(spellings: Sequence[str]) -> np.ndarray:
-    letters = np.frombuffer("".join(spellings).encode(), np.uint8).reshape(len(spellings), -1)
-    return np.searchsorted(np.frombuffer(b"ACGT", np.uint8), letters)
+def _unique_spellings(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first row of each spelling on either strand in `codes [n, L]` (uint8), `[k]`; each row's spelling, `[n]`."""
+    strands = (codes, 3 - codes[:, ::-1])
+    # as texts, which end with their first byte of 0
+    given, other = (np.ascontiguousarray(strand + 1).view(f"S{codes.shape[1]}")[:, 0] for strand in strands)
+    _, firsts, spellings = np.unique(np.where(given < other, given, other), return_index=True, return_inverse=True)
+    return firsts, spellings

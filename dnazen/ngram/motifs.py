@@ -39,6 +39,8 @@ class MotifReport:
     rows: list[dict[str, Any]]  # of motifs.tsv
     num_spellings: int
     num_ngrams: int
+    num_tokens: int  # different ones
+    num_fixed_tokens: int  # of these, of one base, once or repeated: shuffles do not change them
     num_unmatchable: int
     num_shuffles: int
 
@@ -61,22 +63,24 @@ def build_motifs(
     """
     vocabulary, loaded_tokenizer = open_ngrams(ngrams, tokenizer)
     known = load_motifs(motifs)
+    all_ngrams: list[list[str]] = []
     by_spelling: dict[str, list[_Ngram]] = {}
     for ngram_id, ngram in sorted(zip(vocabulary.ids, vocabulary.ngrams, strict=True)):
         tokens = loaded_tokenizer.convert_ids_to_tokens(ngram)
         bases = "".join(tokens)
         if bases.strip("ACGT"):
             raise InputError(f"{ngrams}: G-gram {' '.join(tokens)!r}: expected bases A, C, G, T to compare with motifs")
-        other = reverse_complement(bases)
-        by_spelling.setdefault(other if other in by_spelling else bases, []).append(_Ngram(ngram_id, tokens))
-    spellings = list(by_spelling)
-    result = score_motifs(spellings, known, shuffles, seed)
+        all_ngrams.append(tokens)
+        by_spelling.setdefault(_either_strand(tokens), []).append(_Ngram(ngram_id, tokens))
+    result = score_motifs(all_ngrams, known, shuffles, seed)
+    tokens = {token for ngram in all_ngrams for token in ngram}
     matches, order = result.matches, np.lexsort((-result.hits, -result.enrichments))
     by_motif = np.split(np.lexsort((-matches.margins, matches.motifs)), np.cumsum(result.hits)[:-1])
     rows, listed = [], []
     for number in order:
         found, motif = by_motif[number], known[number]
-        described = [_describe(matches, i, spellings, by_spelling, motif) for i in found]
+        spelt = [by_spelling[_either_strand(all_ngrams[matches.ngrams[i]])] for i in found]
+        described = [_describe(matches, i, same, motif) for i, same in zip(found, spelt, strict=True)]
         best = described[:_LISTED_MATCHES]
         (core, core_hits), *_ = Counter(match["core_token"] for match in described).most_common(1) or [("", 0)]
         rows.append(
@@ -103,7 +107,15 @@ def build_motifs(
         _write_tsv(directory / "motifs.tsv", list(rows[0]), rows)
         _write_tsv(directory / "matches.tsv", _MATCH_COLUMNS, listed)
         _plot_logos(directory / "logos.png", [known[i] for i in order[:_LOGOS]], rows, listed)
-        report = MotifReport(rows, len(spellings), len(vocabulary.ids), int((~result.can_match).sum()), shuffles)
+        report = MotifReport(
+            rows,
+            num_spellings=len(by_spelling),
+            num_ngrams=len(all_ngrams),
+            num_tokens=len(tokens),
+            num_fixed_tokens=sum(len(set(token)) == 1 for token in tokens),
+            num_unmatchable=int((~result.can_match).sum()),
+            num_shuffles=shuffles,
+        )
         manifest = {
             "dnazen_version": __version__,
             "ngrams": {"path": str(ngrams), "checksum": vocabulary.checksum, "num_ngrams": report.num_ngrams},
@@ -111,7 +123,12 @@ def build_motifs(
             "motifs": {"path": str(motifs), "sha256": sha256_file(motifs), "num_motifs": len(known)},
             "parameters": {"shuffles": shuffles, "seed": seed},
             "thresholds": {"match_tail": MATCH_TAIL, "min_information": MIN_INFORMATION},
-            "statistics": {"num_spellings": report.num_spellings, "num_unmatchable": report.num_unmatchable},
+            "statistics": {
+                "num_spellings": report.num_spellings,
+                "num_tokens": report.num_tokens,
+                "num_fixed_tokens": report.num_fixed_tokens,
+                "num_unmatchable": report.num_unmatchable,
+            },
         }
         write_json(directory / MANIFEST_FILE, manifest)
     return report
@@ -122,6 +139,8 @@ def summarize(report: MotifReport) -> str:
     significant = sum(float(row["adjusted_p_value"]) <= 0.05 for row in report.rows)
     lines = [
         f"G-grams     {report.num_ngrams:,}, of {report.num_spellings:,} different spellings on either strand",
+        f"shuffled    {report.num_tokens:,} tokens; "
+        f"{report.num_fixed_tokens:,} of one base, once or repeated, cannot change",
         f"motifs      {len(report.rows):,}; {report.num_unmatchable:,} too short or vague to match anything",
         f"enriched    {significant:,} motifs, at a family-wise p-value of 0.05 at most (smallest possible: "
         f"{1 / (report.num_shuffles + 1):.3g}, with {report.num_shuffles:,} shuffles)",
@@ -135,18 +154,21 @@ def summarize(report: MotifReport) -> str:
     return "\n".join(lines)
 
 
-def _describe(
-    matches: Matches, index: int, spellings: Sequence[str], by_spelling: dict[str, list[_Ngram]], motif: Motif
-) -> dict[str, Any]:
-    """A row of matches.tsv; `core_token` is the token that most of the motif lies on."""
-    spelling = spellings[matches.spellings[index]]
-    ngram = by_spelling[spelling][0]
+def _either_strand(tokens: Sequence[str]) -> str:
+    """The same text for all G-grams that spell the same bases on either strand."""
+    bases = "".join(tokens)
+    return min(bases, reverse_complement(bases))
+
+
+def _describe(matches: Matches, index: int, same: Sequence[_Ngram], motif: Motif) -> dict[str, Any]:
+    """A row of matches.tsv for G-grams of one spelling; `core_token` is the token that most of the motif lies on."""
+    ngram = same[0]
     first, reverse = int(matches.offsets[index]), bool(matches.reverse[index])
     starts = np.cumsum([0, *map(len, ngram.tokens)])
     ends = np.minimum(starts[1:], first + len(motif.counts))
     core = int((ends - np.maximum(starts[:-1], first)).argmax())
     return {
-        "id": ",".join(str(same.ngram_id) for same in by_spelling[spelling]),
+        "id": ",".join(str(other.ngram_id) for other in same),
         "tokens": " ".join(ngram.tokens),
         "strand": "-" if reverse else "+",
         "offset": first,
