@@ -21,6 +21,10 @@ class InputError(ValueError):
     """Something the user handed in cannot be used; the message names it, what was expected and what was found."""
 
 
+class Interrupted(InputError):
+    """Work was stopped on the way by what can be mended; what is finished counts when it is started again."""
+
+
 def sha256_file(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
@@ -62,8 +66,8 @@ def atomic_directory(
     """Yield a temporary directory beside `path`; rename it to `path` when the block ends without an error.
 
     Of what killed processes of this machine left of earlier tries, the first that `is_resumable` is yielded as it is,
-    and others are removed, each with a warning. A directory that is resumable outlives Ctrl-C too; any other error
-    removes it.
+    and others are removed, each with a warning. A directory that is resumable outlives Ctrl-C, `Interrupted` and
+    errors of the disk too, such as that it is full; any other error removes it.
 
     Raises:
         InputError: `path` already exists and is not an empty directory; nothing in it is touched.
@@ -79,14 +83,16 @@ def atomic_directory(
             logger.warning("removing %s: the process that wrote it was killed", leftover)
             shutil.rmtree(leftover)
     if resumed:
-        logger.warning("going on with %s: the process that wrote it was killed", resumed)
+        logger.warning("going on with %s: the process that wrote it was stopped", resumed)
         os.replace(resumed, temporary)
     temporary.mkdir(exist_ok=True)
     try:
         yield temporary
         os.replace(temporary, path)
     except BaseException as error:
-        if not (isinstance(error, KeyboardInterrupt) and is_resumable(temporary)):
+        if isinstance(error, (KeyboardInterrupt, Interrupted, OSError)) and is_resumable(temporary):
+            logger.warning("keeping %s, to go on with when the same is started again", temporary)
+        else:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 

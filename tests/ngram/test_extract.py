@@ -219,7 +219,7 @@ def test_extraction_error_in_a_worker_reaches_the_user(num_workers):
 @pytest.mark.parametrize("stage", ["_count_pairs", "_count_runs"])
 def test_killed_worker_is_an_error(monkeypatch, stage):
     monkeypatch.setattr(count, stage, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(InputError, match="a worker was killed, perhaps for want of memory: lower num_workers"):
+    with pytest.raises(InputError, match="a worker was killed, perhaps for want of memory: use a lower --num-workers"):
         extract_ngrams([make_shard([[5, 6]]), make_shard([[5, 6]])], vocab_size=16, num_workers=2)
 
 
