@@ -37,7 +37,9 @@ def sha256_file(path: str | os.PathLike) -> str:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as JSON under a temporary name, then rename it to `path`."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1)  # whole, the text of a large manifest would take more memory than itself
+        file.write("\n")
     os.replace(temporary, path)
 
 
