@@ -11,7 +11,7 @@ first pass has counted.
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,9 +179,12 @@ def list_ngrams(parts: Sequence[ChosenRuns], links: Links, num_pieces: np.ndarra
     of_pair = np.searchsorted(links.pairs, np.where(missing[:, 1:], 0, tokens[:, :-1] << bits | tokens[:, 1:]))
     pair_pmis = measure_pmis(links)
     pmis = np.where(missing[:, 1:], np.inf, pair_pmis[of_pair] if len(pair_pmis) else np.inf).min(1)
+    del missing, shifts, of_pair
     order = np.lexsort((*tokens.T[::-1], -counts))
+    numbers = list(range(1 << bits))  # all G-grams share one object of each, and are unpacked some at a time: memory
+    rows = (row for some in np.split(order, range(1 << 16, len(order), 1 << 16)) for row in tokens[some].tolist())
     return NgramExtraction(
-        ngrams=[tuple(token for token in row if token >= 0) for row in tokens[order].tolist()],
+        ngrams=[tuple([numbers[token] for token in row if token >= 0]) for row in rows],
         counts=counts[order].tolist(),
         pmis=pmis[order].tolist(),
         num_tokens=int(links.token_counts.sum()),
@@ -263,7 +266,7 @@ def write_manifest(
     density: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """Write `manifest.json`, the last file of the folder; returns what is in it."""
-    statistics = asdict(extraction)
+    statistics = dict(vars(extraction))
     lengths = [len(ngram) for ngram in statistics.pop("ngrams")]
     del statistics["counts"], statistics["pmis"]
     statistics["num_ngrams"] = len(lengths)
