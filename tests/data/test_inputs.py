@@ -17,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dnazen.cli.main import main
+from dnazen.cli.main import _read_list, main
 from dnazen.data import fasta, leakage, shards
 from dnazen.data.fasta import FastaReader
 from dnazen.data.shards import Corpus, build_corpus, summarize
+from dnazen.data.tables import read_sequences
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.files import InputError
 
@@ -192,6 +193,21 @@ def test_list_of_files(tmp_path, tokenizer_dir, capsys):
     (tmp_path / "files.txt").write_text("absent.fa\n")
     assert main([*arguments, "--output-dir", str(tmp_path / "d")]) == 1
     assert "absent.fa: no such file" in capsys.readouterr().err
+
+
+def test_closed_standard_input_is_one_line(tmp_path, tokenizer_dir, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    command = ["corpus", "--fasta", "-", "--tokenizer", str(tokenizer_dir), "--output-dir", str(tmp_path / "c")]
+    assert main(command) == 1
+    assert "error: -: standard input is closed; expected FASTA" in capsys.readouterr().err
+
+
+def test_marks_of_windows_and_long_sequences_in_tables(tmp_path):
+    long = random_bases(200_000)
+    (tmp_path / "a.csv").write_text(f"sequence,label\r\n{long},0\r\n", encoding="utf-8-sig")
+    assert list(read_sequences(tmp_path / "a.csv")) == [long]
+    (tmp_path / "list.txt").write_text("a.fa\r\nb.fa\r\n", encoding="utf-8-sig")
+    assert _read_list(str(tmp_path / "list.txt")) == ["a.fa", "b.fa"]
 
 
 def test_fastq_is_refused_with_the_reason(tmp_path):
