@@ -130,7 +130,9 @@ def _temporary_beside(path: Path) -> tuple[Path, list[Path]]:
     host = socket.gethostname()
     leftovers = []
     for leftover in sorted(path.parent.glob(".*.tmp")):
-        match = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)@{re.escape(host)}\.tmp", leftover.name)
-        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+        match = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)@(.+)\.tmp", leftover.name)
+        if match and match[2] != host:
+            logger.warning("%s: of a process on %s, which may be running: not touched", leftover, match[2])
+        elif match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
             leftovers.append(leftover)
     return path.parent / f".{path.name}.{os.getpid()}@{host}.tmp", leftovers

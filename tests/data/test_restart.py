@@ -205,7 +205,7 @@ def test_full_disk_costs_nothing_that_is_finished(inputs, tmp_path, whole, capsy
     assert read_tree(tmp_path / "corpus") == whole
 
 
-def test_workers_end_with_a_killed_build(inputs, tmp_path):
+def test_workers_end_with_a_killed_build(inputs, tmp_path, caplog):
     (tmp_path / "genome.fa").write_text(f">chr1\n{random_bases(8_000_000)}\n")
     command = [sys.executable, "-m", "dnazen.cli.main", "corpus", "--fasta", tmp_path / "genome.fa", "--tokenizer",
                inputs / "tokenizer", "--output-dir", tmp_path / "corpus", "--num-workers", "2"]  # fmt: skip
@@ -226,3 +226,4 @@ def test_workers_end_with_a_killed_build(inputs, tmp_path):
     assert main([str(word) for word in command[3:]]) == 0
     Corpus.open(tmp_path / "corpus")
     assert sorted(tmp_path.glob(".*")) == sorted([running, elsewhere])
+    assert f"{elsewhere}: of a process on another-machine, which may be running: not touched" in caplog.text
