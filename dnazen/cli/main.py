@@ -216,7 +216,8 @@ def _refuse_several(command: str) -> None:
     """InputError under `torchrun` and the like: each process would do all the work, and one would write."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         found = f"{os.environ['WORLD_SIZE']} (WORLD_SIZE)"
-        raise InputError(f"dnazen {command}: expected one process, found {found}: start it without torchrun or deepspeed")
+        expected = "one process, without torchrun or deepspeed"
+        raise InputError(f"dnazen {command}: expected {expected}, found {found}")
 
 
 def _corpus(

@@ -116,21 +116,28 @@ class _Finder:
         if len(text) < ANCHOR_BASES:
             return {}
         ends = list(itertools.accumulate(len(span.bases) for span in spans))
+        own_ends = np.array(ends)  # of what is next to each span without a gap, and own
+        for i in range(len(spans) - 2, -1, -1):
+            if spans[i + 1].is_own:
+                own_ends[i] = own_ends[i + 1]
         codes = _anchor_codes(text)
         places = np.flatnonzero(self._filter[_hash(codes)])
-        places = places[np.array([span.is_own for span in spans])[np.searchsorted(ends, places, side="right")]]
+        numbers = np.searchsorted(ends, places, side="right")
+        are_own = np.array([span.is_own for span in spans])[numbers]
+        places, numbers = places[are_own], numbers[are_own]
         firsts = np.searchsorted(self._anchors, codes[places], side="left")
-        ends_of_equals = np.searchsorted(self._anchors, codes[places], side="right")
+        lasts = np.searchsorted(self._anchors, codes[places], side="right")
         hits: dict[str, set[int]] = {split: set() for split, _ in self._shards}
-        are_hits = ends_of_equals > firsts
-        for place, first, end in zip(*(array[are_hits].tolist() for array in (places, firsts, ends_of_equals))):
-            for pattern in self._order[first:end].tolist():
+        own_hits, are_hits = hits[self._shards[block.shard][0]], lasts > firsts
+        columns = (array[are_hits].tolist() for array in (places, own_ends[numbers], firsts, lasts))
+        for place, own_end, first, last in zip(*columns):
+            for pattern in self._order[first:last].tolist():
                 bases = self._patterns[pattern]
+                if pattern in own_hits and place + len(bases) <= own_end or not text.startswith(bases, place):
+                    continue
                 covered = spans[bisect_right(ends, place) : bisect_left(ends, place + len(bases)) + 1]
-                splits = {span.split for span in covered if span.split}
-                if any(pattern not in hits[split] for split in splits) and text.startswith(bases, place):
-                    for split in splits:
-                        hits[split].add(pattern)
+                for split in {span.split for span in covered}:
+                    hits[split].add(pattern)
         return {split: sorted(patterns) for split, patterns in hits.items()}
 
     def _join(self, block: _Block) -> Iterator[_Span]:

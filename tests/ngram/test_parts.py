@@ -37,7 +37,7 @@ def build(folder, name, files, tokenizer, held_out):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Corpora `a`, `b` and `c` (of one sequence), `all` of them in one, and `b` with another tokenizer, name, record held out."""
+    """Corpora `a`, `b`, `c` (of one sequence), `all` of them; `b` with another tokenizer, name, held-out record."""
     folder = tmp_path_factory.mktemp("corpora")
     tokenizer = train_tokenizer([make_genome(0)], vocab_size=64)
     for i, name in enumerate("abc"):
@@ -261,7 +261,7 @@ def test_count_refuses(folder, tmp_path, capsys, words, message):
 def test_several_processes_are_refused(tmp_path, capsys, monkeypatch, words):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main([*words, "--output-dir", str(tmp_path / "out")]) == 1
-    assert "expected one process, found 4 (WORLD_SIZE): start it without torchrun" in capsys.readouterr().err
+    assert "expected one process, without torchrun or deepspeed, found 4 (WORLD_SIZE)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
