@@ -18,7 +18,8 @@ BASES = 35e9
 CORES = (16, 96)
 PIECE_BYTES = 16  # of memory, to tell duplicates
 PIECE_BASES = 2040
-RUN_BYTES = 70  # of memory, while runs are merged
+RUN_BYTES = 70  # of memory, while runs are merged: in the workers, each its share, and in the first process
+NGRAM_BYTES = 500  # of memory in the first process: 494 and 491 a G-gram to list and write 200,000 and 600,000 of them
 
 
 def extrapolate(measured: dict[str, Any], cores: int, bases: float = BASES) -> dict[str, dict[str, float]]:
@@ -32,16 +33,17 @@ def extrapolate(measured: dict[str, Any], cores: int, bases: float = BASES) -> d
         first = times * max(0, job["processor_seconds_of_the_first"] - start)
         shared = times * (job["processor_seconds"] - job["processor_seconds_of_the_first"]) / cores
         if name == "corpus":
-            more = PIECE_BYTES * bases / PIECE_BASES
+            more, shared_bytes = PIECE_BYTES * bases / PIECE_BASES, 0
             seconds = start + max(first, shared)  # the first process reads and writes while others tokenize
         else:
-            more = RUN_BYTES * times * ngrams["num_runs"]
+            shared_bytes = RUN_BYTES * times * ngrams["num_runs"]
+            more = shared_bytes + NGRAM_BYTES * times * ngrams["num_ngrams"]
             seconds = start + first + shared
         memory = job["peak_mib"] / 2**10 + more / 2**30
         found[name] = {
             "seconds": seconds,
             "first": memory,
-            "all": memory + cores * job["peak_mib_of_a_child"] / 2**10,
+            "all": memory + cores * job["peak_mib_of_a_child"] / 2**10 + shared_bytes / 2**30,
             "disk": times * job["disk_bytes"] / 1e9,
         }
     return found

@@ -21,6 +21,10 @@ class InputError(ValueError):
     """Something the user handed in cannot be used; the message names it, what was expected and what was found."""
 
 
+class Interrupted(InputError):
+    """Work was stopped on the way by what can be mended; what is finished counts when it is started again."""
+
+
 def sha256_file(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
@@ -33,7 +37,9 @@ def sha256_file(path: str | os.PathLike) -> str:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as JSON under a temporary name, then rename it to `path`."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1)  # whole, the text of a large manifest would take more memory than itself
+        file.write("\n")
     os.replace(temporary, path)
 
 
@@ -62,8 +68,8 @@ def atomic_directory(
     """Yield a temporary directory beside `path`; rename it to `path` when the block ends without an error.
 
     Of what killed processes of this machine left of earlier tries, the first that `is_resumable` is yielded as it is,
-    and others are removed, each with a warning. A directory that is resumable outlives Ctrl-C too; any other error
-    removes it.
+    and others are removed, each with a warning. A directory that is resumable outlives Ctrl-C, `Interrupted` and
+    errors of the disk too, such as that it is full; any other error removes it.
 
     Raises:
         InputError: `path` already exists and is not an empty directory; nothing in it is touched.
@@ -79,14 +85,16 @@ def atomic_directory(
             logger.warning("removing %s: the process that wrote it was killed", leftover)
             shutil.rmtree(leftover)
     if resumed:
-        logger.warning("going on with %s: the process that wrote it was killed", resumed)
+        logger.warning("going on with %s: the process that wrote it was stopped", resumed)
         os.replace(resumed, temporary)
     temporary.mkdir(exist_ok=True)
     try:
         yield temporary
         os.replace(temporary, path)
     except BaseException as error:
-        if not (isinstance(error, KeyboardInterrupt) and is_resumable(temporary)):
+        if isinstance(error, (KeyboardInterrupt, Interrupted, OSError)) and is_resumable(temporary):
+            logger.warning("keeping %s, to go on with when the same is started again", temporary)
+        else:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
@@ -122,7 +130,9 @@ def _temporary_beside(path: Path) -> tuple[Path, list[Path]]:
     host = socket.gethostname()
     leftovers = []
     for leftover in sorted(path.parent.glob(".*.tmp")):
-        match = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)@{re.escape(host)}\.tmp", leftover.name)
-        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+        match = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)@(.+)\.tmp", leftover.name)
+        if match and match[2] != host:
+            logger.warning("%s: of a process on %s, which may be running: not touched", leftover, match[2])
+        elif match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
             leftovers.append(leftover)
     return path.parent / f".{path.name}.{os.getpid()}@{host}.tmp", leftovers

@@ -187,15 +187,15 @@ def test_rehearsal_by_hand():
     job = {"processor_seconds": 21.0, "processor_seconds_of_the_first": 3.0, "peak_mib": 512, "disk_bytes": 10**9}
     job["peak_mib_of_a_child"] = 256
     corpus = {"1 workers": {}, "2 workers": {**job, "bases": 10**9}}
-    ngrams = {"2 workers": {**job, "num_runs": 10**6}}
+    ngrams = {"2 workers": {**job, "num_runs": 10**6, "num_ngrams": 10**5}}
     measured = {"start": {"processor_seconds": 1.0}, "corpus": corpus, "ngrams": ngrams}
     found = rehearsal.extrapolate(measured, 4, 1e10)
     assert found["corpus"]["seconds"] == 1 + max(10 * 2, 10 * 18 / 4)
     assert rehearsal.extrapolate(measured, 96, 1e10)["corpus"]["seconds"] == 1 + 10 * 2
     assert found["ngrams"]["seconds"] == 1 + 10 * 2 + 10 * 18 / 4
     assert found["corpus"]["first"] == 0.5 + 16 * 1e10 / 2040 / 2**30
-    assert found["ngrams"]["first"] == 0.5 + 70 * 1e7 / 2**30
-    assert found["ngrams"]["all"] == found["ngrams"]["first"] + 4 * 0.25
+    assert found["ngrams"]["first"] == 0.5 + (70 * 1e7 + 500 * 1e6) / 2**30
+    assert found["ngrams"]["all"] == found["ngrams"]["first"] + 4 * 0.25 + 70 * 1e7 / 2**30
     assert found["corpus"]["disk"] == found["ngrams"]["disk"] == 10
 
 

@@ -212,16 +212,25 @@ def _tokenizer(fasta: list[str], output_dir: str, vocab_size: int) -> None:
     print(f"bases       {sum(map(len, tokens)) / len(tokens):.2f} a token on average, {len(tokens[-1])} at most")
 
 
+def _refuse_several(command: str) -> None:
+    """InputError under `torchrun` and the like: each process would do all the work, and one would write."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        found = f"{os.environ['WORLD_SIZE']} (WORLD_SIZE)"
+        expected = "one process, without torchrun or deepspeed"
+        raise InputError(f"dnazen {command}: expected {expected}, found {found}")
+
+
 def _corpus(
     fasta: list[str] | None, fasta_list: str | None, tokenizer: str, output_dir: str, **parameters: Any
 ) -> None:
+    _refuse_several("corpus")
     paths = fasta or _read_list(fasta_list)
     print(shards.summarize(shards.build_corpus(paths, load_tokenizer(tokenizer), output_dir, **parameters)))
 
 
 def _read_list(path: str) -> list[str]:
     """The paths in a text file, one a line; relative ones are relative to the working directory."""
-    paths = [line.strip() for line in Path(path).read_text(errors="surrogateescape").splitlines() if line.strip()]
+    paths = [line.strip() for line in Path(path).read_text("utf-8-sig", "surrogateescape").splitlines() if line.strip()]
     if not paths:
         raise InputError(f"{path}: expected the path of a FASTA file on each line, found none")
     return paths
@@ -238,6 +247,7 @@ def _ngrams(corpus: str, output_dir: str, **parameters: Any) -> None:
 
 
 def _ngrams_count(corpus: str, output_dir: str, **parameters: Any) -> None:
+    _refuse_several("ngrams count")
     print(parts.summarize(parts.build_counts(shards.Corpus.open(corpus), output_dir, **parameters)))
 
 
@@ -249,6 +259,7 @@ def _read_shard(text: str) -> tuple[int, int]:
 
 
 def _ngrams_merge(counts: list[str], output_dir: str, **parameters: int) -> None:
+    _refuse_several("ngrams merge")
     _print_ngrams(parts.merge_counts(counts, output_dir, **parameters), output_dir)
 
 

@@ -1,5 +1,6 @@
 """FASTA files: read, check, and find the runs of A, C, G and T in a sequence."""
 
+import codecs
 import hashlib
 import re
 import sys
@@ -113,6 +114,8 @@ class FastaReader:
             _check_file(self.path)
         try:
             with ExitStack() as stack:
+                if is_stdin and sys.stdin is None:
+                    raise InputError(f"{self.path}: standard input is closed; expected FASTA")
                 file = sys.stdin.buffer if is_stdin else stack.enter_context(self.path.open("rb"))
                 stream = xopen(file, "rb", threads=0)
                 while block := stream.read(_READ_BYTES):
@@ -189,6 +192,8 @@ def _join_lines(text: bytes) -> bytes:
 
 
 def _explain_start(data: bytes) -> str:
+    if data.startswith(codecs.BOM_UTF8):
+        return "begins with a byte order mark (BOM); expected plain text: save it as UTF-8 without BOM"
     if data.startswith(b"@"):
         return (
             "this is FASTQ; expected FASTA: assembled sequence, not reads, which overlap and have errors, so that one "

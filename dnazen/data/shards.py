@@ -6,6 +6,7 @@ than sequences) and `.pieces` (`PIECE_DTYPE`: where each sequence comes from). R
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -27,7 +28,7 @@ from dnazen.data.fasta import STDIN, FastaReader, describe_sources
 from dnazen.data.leakage import ANCHOR_BASES, find_leaks, load_targets
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer, spell_tokens, tokenizer_checksum
 from dnazen.data.workers import map_in_order
-from dnazen.files import InputError, atomic_directory, read_json, sha256_file, write_json
+from dnazen.files import InputError, Interrupted, atomic_directory, read_json, sha256_file, write_json
 
 FORMAT = "dnazen-corpus"
 FORMAT_VERSION = 1
@@ -76,13 +77,15 @@ def build_corpus(
 
     The bytes written do not depend on `num_workers` (processes; default: every core, as far as there is work for
     it). Memory: some MB per worker, 16 bytes a piece (0.3 GB for 35 Gb; twice that for moments), and the manifest,
-    about 1 kB a record; neither records nor shards are held. A run that was killed is taken up behind the last file
-    it finished, if it is started again with the same arguments on the same machine; standard input starts anew.
+    about 1 kB a record; neither records nor shards are held. A run that was killed, or stopped by a file or disk at
+    fault, is taken up behind the last file it finished, if it is started again on the same machine with the same
+    arguments and, up to there, the same files; standard input starts anew.
 
     Raises:
         InputError: a parameter is out of range, `output_dir` has something in it, a file is given twice or is not
             FASTA, the tokenizer does not spell a piece, a split would be empty, no record has a name of
-            `validation_records`, or a file of `check_against` is no CSV with sequences. Nothing is left behind.
+            `validation_records`, or a file of `check_against` is no CSV with sequences. Nothing is left behind, but for
+            what can be taken up.
     """
     size = _BASES_PER_TOKEN * max_tokens
     for name, value, is_valid, expected in (
@@ -98,6 +101,7 @@ def build_corpus(
     if num_workers == 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     targets = [load_targets(path) for path in check_against]
+    sources = _describe_inputs(fasta_paths)
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -113,17 +117,18 @@ def build_corpus(
             "validation_records": sorted(validation_records) if validation_records else None,
         },
         "totals": {"records": 0, **dict.fromkeys(_COUNTS, 0), "pieces_split": 0},
-        "sources": [{**source, "records": []} for source in _describe_inputs(fasta_paths)],
+        "sources": [{**source, "records": []} for source in sources],
         "shards": [],
         "validation": [],
         "leakage": [],
     }
-    task = json.dumps([manifest, shard_tokens])
-    sizes = [source["bytes"] for source in manifest["sources"]]
+    task = json.dumps([manifest | {"sources": None}, shard_tokens])
+    sizes = [source["bytes"] for source in sources]
     num_workers = num_workers or os.cpu_count() or 1
     if None not in sizes:
         num_workers = min(num_workers, 1 + sum(sizes) // _BYTES_PER_WORKER)
-    with atomic_directory(output_dir, lambda leftover: None not in sizes and _is_of(leftover, task)) as directory:
+    is_resumable = functools.partial(_is_of, task=task, sources=sources)
+    with atomic_directory(output_dir, is_resumable) as directory:
         builder = _Builder(directory, manifest, shard_tokens, task)
         with contextlib.closing(builder):
             builder.run(fasta_paths, tokenizer, num_workers)
@@ -335,15 +340,14 @@ class _Builder:
         self._held_out: list[list[int]] = []  # pieces since then
         unfinished = {split: {"number": 0, "sequences": 0, "tokens": 0, "bases": 0} for split in SPLITS}
         size = num_digests = 0
-        with contextlib.suppress(FileNotFoundError), (self._state / "journal").open("rb") as file:
-            for line in itertools.takewhile(lambda line: line.endswith(b"\n"), file):  # the last may be cut short
-                entry = json.loads(line)
-                manifest["sources"][self._files_done] = entry["source"]
-                manifest["totals"], unfinished, num_digests = entry["totals"], entry["unfinished"], entry["digests"]
-                manifest["shards"] += entry["shards"]
-                manifest["validation"] += entry["validation"]
-                self._files_done += 1
-                size += len(line)
+        for line in _read_journal(self._state):
+            entry = json.loads(line)
+            manifest["sources"][self._files_done] = entry["source"]
+            manifest["totals"], unfinished, num_digests = entry["totals"], entry["unfinished"], entry["digests"]
+            manifest["shards"] += entry["shards"]
+            manifest["validation"] += entry["validation"]
+            self._files_done += 1
+            size += len(line)
         self._journal = _open_at(self._state / "journal", size)
         self._digests = _open_at(self._state / "digests", num_digests * _DIGEST_BYTES)
         digests = np.fromfile(self._state / "digests", f"S{_DIGEST_BYTES}")
@@ -354,7 +358,7 @@ class _Builder:
         """Write all sequences of the files that are not done yet."""
         totals, sources = self._manifest["totals"], self._manifest["sources"]
         if self._files_done:
-            print(f"going on     behind {self._files_done:,} of {len(sources):,} files, done by a run that was killed")
+            print(f"going on     behind {self._files_done:,} of {len(sources):,} files, done by a run that was stopped")
         sizes = [source["bytes"] for source in sources]
         ends = [0, *itertools.accumulate(sizes)] if None not in sizes else None
         batches = self._cut_files(fasta_paths)
@@ -392,7 +396,10 @@ class _Builder:
             source, reader = self._manifest["sources"][number], FastaReader(fasta_paths[number])
             pieces = _cut_file(reader, first_record, source["records"], self._manifest["parameters"])
             while True:
-                chunk = list(itertools.islice(pieces, _CHUNK_PIECES))
+                try:
+                    chunk = list(itertools.islice(pieces, _CHUNK_PIECES))
+                except InputError as error:  # the files before can be kept
+                    raise Interrupted(str(error)) from error
                 is_last = len(chunk) < _CHUNK_PIECES
                 if is_last and source["bytes"] is None:
                     source.update(sha256=reader.text_sha256(), bytes=reader.text_bytes)
@@ -501,10 +508,19 @@ def _describe_inputs(paths: Sequence[str | PathLike]) -> list[dict[str, Any]]:
     return [{"path": STDIN, "sha256": None, "bytes": None} if str(p) == STDIN else next(sources) for p in paths]
 
 
-def _is_of(leftover: Path, task: str) -> bool:
-    """Whether a folder left by a killed run was to become the same corpus."""
+def _is_of(leftover: Path, task: str, sources: list[dict[str, Any]]) -> bool:
+    """Whether what a stopped run left is the same corpus as far as it goes, with at least one file done."""
     file = leftover / _STATE / "task"
-    return file.is_file() and file.read_text() == task
+    if not file.is_file() or file.read_text() != task or any(source["bytes"] is None for source in sources):
+        return False  # standard input cannot be read again
+    done = [json.loads(line)["source"] | {"records": None} for line in _read_journal(leftover / _STATE)]
+    return done != [] and done == [source | {"records": None} for source in sources[: len(done)]]
+
+
+def _read_journal(state: Path) -> Iterator[bytes]:
+    """Yield the lines of a journal, of which the last may have been cut short: then all others."""
+    with contextlib.suppress(FileNotFoundError), (state / "journal").open("rb") as file:
+        yield from itertools.takewhile(lambda line: line.endswith(b"\n"), file)
 
 
 def _cut_file(

@@ -9,6 +9,8 @@ from xopen import xopen
 
 from dnazen.files import InputError
 
+csv.field_size_limit(2**31 - 1)  # a sequence may be longer than the module expects of a field
+
 
 def read_sequences(path: str | PathLike) -> Iterator[str]:
     """Yield the column `sequence` of a CSV file, plain or compressed, row by row: upper-case, with T for U.
@@ -21,7 +23,7 @@ def read_sequences(path: str | PathLike) -> Iterator[str]:
         raise InputError(f"{path}: no such file; expected a CSV with a column 'sequence'")
     is_empty = True
     try:
-        with xopen(path, "r", threads=0, newline="") as file:
+        with xopen(path, "r", threads=0, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if "sequence" not in (reader.fieldnames or ()):
                 raise InputError(f"{path}: expected a column 'sequence', found {reader.fieldnames}")

@@ -1,6 +1,7 @@
 """Work on several processes, with results in the order of the jobs."""
 
 import collections
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -8,18 +9,31 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
+
+from dnazen.files import Interrupted
 
 Job = TypeVar("Job")
 
 
-def fork_pool(function: Callable[[Any], Any], num_workers: int) -> ProcessPoolExecutor:
+@contextlib.contextmanager
+def fork_pool(function: Callable[[Any], Any], num_workers: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of forked processes to which `call_forked` can be submitted.
 
     The processes inherit `function` and all that it holds, memory maps included; arguments and results are pickled.
     They end with this process, even when it is killed.
+
+    Raises:
+        Interrupted: one of them was killed.
     """
-    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("fork"), _start, (function, os.getpid()))
+    context = multiprocessing.get_context("fork")
+    try:
+        with ProcessPoolExecutor(num_workers, context, _start, (function, os.getpid())) as pool:
+            yield pool
+    except BrokenProcessPool as error:
+        text = "a worker was killed, perhaps for want of memory: use a lower --num-workers, and start again"
+        raise Interrupted(text) from error
 
 
 def call_forked(argument: Any) -> Any:
@@ -31,6 +45,9 @@ def map_in_order(function: Callable[[Job], Any], jobs: Iterable[Job], num_worker
     """Yield (job, function(job)) for each job in turn, on `num_workers` forked processes; 1: in this one.
 
     At most `2 * num_workers` jobs are taken ahead of the one whose result is due.
+
+    Raises:
+        Interrupted: a worker was killed.
     """
     if num_workers == 1:
         for job in jobs:

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -301,8 +300,6 @@ def _run(job: _Job, what: str, function: Callable, *arguments: Any) -> Iterator[
                     show()
                     while ended:
                         yield ended.pop().result()
-        except BrokenProcessPool as error:
-            raise InputError("a worker was killed, perhaps for want of memory: lower num_workers") from error
         finally:
             torch.set_num_threads(num_threads)
 

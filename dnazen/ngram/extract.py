@@ -9,9 +9,10 @@ first pass has counted.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,7 +96,8 @@ def extract_ngrams(
         InputError: an argument out of range; no sequence; a token id not below `vocab_size`; another process failed.
     """
     parameters = dict(min_count=min_count, min_pair_count=min_pair_count, min_len=min_len, max_len=max_len)
-    bits = check_parameters(shards, vocab_size, long_pieces=long_pieces, num_workers=num_workers, **parameters)
+    parameters |= dict(min_pmi=min_pmi, long_pieces=long_pieces, num_workers=num_workers)
+    bits = check_parameters(shards, vocab_size, **parameters)
     share = take_share(shards, group.rank, group.size)
     options = dict(bits=bits, num_workers=num_workers, device=device, show_progress=group.rank == 0)
     with group.together():
@@ -103,23 +105,37 @@ def extract_ngrams(
     for counts in table:
         group.add(counts)
     # one process decides for all: another processor's logarithm may differ in its last bit
-    links = group.broadcast(link_pairs(table, min_pmi, min_pair_count) if group.rank == 0 else None)
+    with group.together():
+        links = link_pairs(table, min_pmi, min_pair_count) if group.rank == 0 else None
+    links = group.broadcast(links)
     del table, counts
     with group.together():
         runs, num_pieces = count_runs(
             share, linked_pairs=links.pairs, min_len=min_len, max_len=max_len, long_pieces=long_pieces, **options
         )
     group.add(num_pieces)
-    parts = group.gather(choose_runs(group.exchange(runs), links, min_count))
+    runs = group.exchange(runs)
+    with group.together():
+        chosen = choose_runs(runs, links, min_count)
+    parts = group.gather(chosen)
     return list_ngrams(parts, links, num_pieces) if parts else None
 
 
 def check_parameters(
-    shards: Sequence[Shard], vocab_size: int, *, min_len: int, max_len: int, long_pieces: str, **positive: int
+    shards: Sequence[Shard],
+    vocab_size: int,
+    *,
+    min_pmi: float,
+    min_len: int,
+    max_len: int,
+    long_pieces: str,
+    **positive: int,
 ) -> int:
     """Bits of a token in a key; InputError if a parameter of `extract_ngrams` is out of range."""
     if not 2 <= min_len <= max_len <= 5:
         raise InputError(f"min_len and max_len: expected 2 <= min_len <= max_len <= 5, found {min_len} and {max_len}")
+    if math.isnan(min_pmi):
+        raise InputError(f"min_pmi: expected a number of bits, found {min_pmi}")
     if long_pieces not in ("drop", "split"):
         raise InputError(f"long_pieces: expected 'drop' or 'split', found {long_pieces!r}")
     for name, value in {**positive, "number of sequences": sum(len(offsets) - 1 for _, offsets in shards)}.items():
@@ -179,9 +195,12 @@ def list_ngrams(parts: Sequence[ChosenRuns], links: Links, num_pieces: np.ndarra
     of_pair = np.searchsorted(links.pairs, np.where(missing[:, 1:], 0, tokens[:, :-1] << bits | tokens[:, 1:]))
     pair_pmis = measure_pmis(links)
     pmis = np.where(missing[:, 1:], np.inf, pair_pmis[of_pair] if len(pair_pmis) else np.inf).min(1)
+    del missing, shifts, of_pair
     order = np.lexsort((*tokens.T[::-1], -counts))
+    numbers = list(range(1 << bits))  # all G-grams share one object of each, and are unpacked some at a time: memory
+    rows = (row for some in np.split(order, range(1 << 16, len(order), 1 << 16)) for row in tokens[some].tolist())
     return NgramExtraction(
-        ngrams=[tuple(token for token in row if token >= 0) for row in tokens[order].tolist()],
+        ngrams=[tuple([numbers[token] for token in row if token >= 0]) for row in rows],
         counts=counts[order].tolist(),
         pmis=pmis[order].tolist(),
         num_tokens=int(links.token_counts.sum()),
@@ -263,7 +282,7 @@ def write_manifest(
     density: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """Write `manifest.json`, the last file of the folder; returns what is in it."""
-    statistics = asdict(extraction)
+    statistics = dict(vars(extraction))
     lengths = [len(ngram) for ngram in statistics.pop("ngrams")]
     del statistics["counts"], statistics["pmis"]
     statistics["num_ngrams"] = len(lengths)

@@ -40,7 +40,7 @@ from dnazen.ngram.extract import (
 )
 from dnazen.ngram.vocab import MANIFEST_FILE
 
-FORMAT, FORMAT_VERSION = "dnazen-ngram-counts", 1
+FORMAT, FORMAT_VERSION = "dnazen-ngram-counts", 2
 MERGED_RUNS = 1 << 23  # merged at a time: some 500 MiB
 
 
@@ -75,8 +75,7 @@ def build_counts(
     others = ("min_count", "num_workers", "device")
     thresholds = {k: v for k, v in extract_ngrams.__kwdefaults__.items() if k not in others} | thresholds
     tokenizer = corpus.tokenizer
-    bounds = {name: value for name, value in thresholds.items() if name != "min_pmi"}
-    bits = check_parameters(corpus.train.shards, len(tokenizer), num_workers=num_workers, **bounds)
+    bits = check_parameters(corpus.train.shards, len(tokenizer), num_workers=num_workers, **thresholds)
     options = dict(bits=bits, num_workers=num_workers, device=device)
     share = take_share(corpus.train.shards, shard[0] - 1, shard[1])
     shards = [described for described in corpus.manifest["shards"] if described["split"] == "train"]
@@ -89,6 +88,7 @@ def build_counts(
         "corpus": str(corpus.path),
         "corpus_checksum": corpus.checksum,
         "tokens_sha256": [described["files"][f"{described['name']}.tokens.npy"] for described in shards],
+        "sources_sha256": [source["sha256"] for source in corpus.manifest["sources"]],
         "shard": shard,
         "num_tokens": sum(int(offsets[-1] - offsets[0]) for _, offsets in share),
     }
@@ -214,10 +214,11 @@ def _join(parts: Sequence[_Part]) -> list[str]:
             if manifest.get(name) != first.get(name):
                 expected = f"the same {name} as {parts[0].path}, {first.get(name)}"
                 raise InputError(f"{part.path}: expected {expected}, found {manifest.get(name)}")
-        for digest in manifest["tokens_sha256"]:
-            checksum, owner = owners.setdefault(digest, (manifest["corpus_checksum"], part.path))
-            if checksum != manifest["corpus_checksum"]:
-                raise InputError(f"{part.path}: counts tokens that {owner} counts too, in a copy of the corpus")
+        for name, what in (("tokens_sha256", "tokens"), ("sources_sha256", "a FASTA file")):
+            for digest in manifest[name]:
+                checksum, owner = owners.setdefault(digest, (manifest["corpus_checksum"], part.path))
+                if checksum != manifest["corpus_checksum"]:
+                    raise InputError(f"{part.path}: counts {what} that {owner} counts too, in another corpus or a copy")
         index, number = manifest["shard"]
         others = shards.setdefault(manifest["corpus_checksum"], {})
         for (other, other_number), path in others.items():

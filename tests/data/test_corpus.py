@@ -5,6 +5,7 @@ import math
 import random
 import re
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, models
 from dnazen.data.fasta import read_fasta
 from dnazen.data.shards import Corpus, build_corpus, summarize
 from dnazen.data.tokenizer import load_tokenizer, tokenizer_checksum, train_tokenizer
-from dnazen.files import InputError, sha256_file
+from dnazen.files import InputError, sha256_file, write_json
 
 PAIRS = {"A": "T", "C": "G", "G": "C", "T": "A"}
 
@@ -162,6 +163,17 @@ def test_manifest_and_summary(corpus_dir, genome, tokenizer):
     assert listed == {path.name for path in corpus_dir.iterdir()} and len(corpus.train.shards) > 2
     text = summarize(manifest)
     assert "3 records, 16,087 bases" in text and f"{manifest['totals']['train']['tokens']:,} tokens" in text
+
+
+def test_large_manifest_is_written_bit_by_bit(tmp_path):
+    value = {"records": [{"name": f"r{i}", "length": i, "share": i / 7, "held_out": None} for i in range(20_000)]}
+    text = json.dumps(value, indent=1) + "\n"
+    tracemalloc.start()
+    write_json(tmp_path / "a.json", value)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "a.json").read_text() == text
+    assert peak < len(text) / 10
 
 
 def test_reading_a_split(corpus_dir):

@@ -85,6 +85,7 @@ def test_one_very_long_line(tmp_path):
         (b"\n\n", "no records"),
         (b"ACGT\n", "cannot be read as FASTA.*Expected '>'"),
         (b"@read\nACGT\n+\nIIII\n", "this is FASTQ"),
+        (b"\xef\xbb\xbf>a\nACGT\n", "begins with a byte order mark .BOM.; expected plain text"),
         (b">a\n>b\nAC\n", "record 'a' has no sequence"),
         (b">a\nAC\n>b\n", "record 'b' has no sequence"),
         (b">a one\nAC\n>a two\nGG\n", "'a' occurs twice"),

@@ -6,6 +6,7 @@ import gzip
 import io
 import lzma
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dnazen.cli.main import main
+from dnazen.cli.main import _read_list, main
 from dnazen.data import fasta, leakage, shards
 from dnazen.data.fasta import FastaReader
 from dnazen.data.shards import Corpus, build_corpus, summarize
+from dnazen.data.tables import read_sequences
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.files import InputError
 
@@ -193,6 +195,21 @@ def test_list_of_files(tmp_path, tokenizer_dir, capsys):
     assert "absent.fa: no such file" in capsys.readouterr().err
 
 
+def test_closed_standard_input_is_one_line(tmp_path, tokenizer_dir, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    command = ["corpus", "--fasta", "-", "--tokenizer", str(tokenizer_dir), "--output-dir", str(tmp_path / "c")]
+    assert main(command) == 1
+    assert "error: -: standard input is closed; expected FASTA" in capsys.readouterr().err
+
+
+def test_marks_of_windows_and_long_sequences_in_tables(tmp_path):
+    long = random_bases(200_000)
+    (tmp_path / "a.csv").write_text(f"sequence,label\r\n{long},0\r\n", encoding="utf-8-sig")
+    assert list(read_sequences(tmp_path / "a.csv")) == [long]
+    (tmp_path / "list.txt").write_text("a.fa\r\nb.fa\r\n", encoding="utf-8-sig")
+    assert _read_list(str(tmp_path / "list.txt")) == ["a.fa", "b.fa"]
+
+
 def test_fastq_is_refused_with_the_reason(tmp_path):
     (tmp_path / "a.fa").write_text("@read\nACGT\n+\nIIII\n")
     with pytest.raises(InputError, match="this is FASTQ; expected FASTA: assembled sequence, not reads, which overlap"):
@@ -289,18 +306,24 @@ def test_leaks_against_a_search_in_strings(tokenizer, seed, both, block):
             sequences.append(sequence)
         sequences += ["AT" * 20, "TA" * 16, "ACGTACGT", "ACGT" * 8 + "RYK"]
         target = write_csv(Path(folder) / "b.csv.gz", [s.lower() for s in sequences])
-        options = dict(max_tokens=20, validation_records=["held"], reverse_complement=both)
+        held_out = rng.choice([{"validation_records": ["held"]}, {"validation_fraction": 0.2}])
+        options = dict(max_tokens=20, reverse_complement=both, shard_tokens=rng.choice([300, 2**27]), **held_out)
         manifest = build_corpus([path], tokenizer, Path(folder) / "c", check_against=[target], min_length=20, **options)
         corpus = Corpus.open(Path(folder) / "c")
-        expected = []
-        for split in ("train", "validation"):
-            joined, previous = "", None
-            for record, start, reverse, bases in list_bases(corpus, split):
-                if not reverse:
-                    joined += ("" if previous == (record, start) else "N") + bases
-                    previous = (record, start + len(bases))
-            looked_for = [s for s in sequences if len(s) >= 32 and not set(s) - set(PAIRS)]
-            expected.append(sum(s in joined or other_strand(s) in joined for s in looked_for))
+        rows = [(*row, split) for split in ("train", "validation") for row in list_bases(corpus, split)]
+        joined, split_of = "", ""
+        previous = None
+        for record, start, reverse, bases, split in sorted(rows):
+            if not reverse:
+                gap = "" if previous == (record, start) else "N"
+                joined, split_of = joined + gap + bases, split_of + gap + split[0] * len(bases)
+                previous = (record, start + len(bases))
+        looked_for = [s for s in sequences if len(s) >= 32 and not set(s) - set(PAIRS)]
+        lie_in = []
+        for s in looked_for:
+            pattern = f"(?=({s}|{other_strand(s)}))"
+            lie_in.append({x for m in re.finditer(pattern, joined) for x in split_of[m.start() : m.end(1)]})
+        expected = [sum(x in splits for splits in lie_in) for x in "tv"]
         (report,) = manifest["leakage"]
         assert [report["in_train"], report["in_validation"]] == expected
         assert report["sequences"] == len(looked_for) and report["skipped_short"] == 1

@@ -1,5 +1,6 @@
 """A corpus build that is killed and started again: same bytes as one that was not, nothing done twice."""
 
+import errno
 import json
 import os
 import random
@@ -128,7 +129,7 @@ def test_changed_input_is_not_gone_on_with(inputs, tmp_path):
     assert names == ["other"]
 
 
-@pytest.mark.parametrize("batches", [10, 60, 85])
+@pytest.mark.parametrize("batches", [25, 60, 85])
 def test_shards_closed_before_and_after_the_stop(inputs, tmp_path, monkeypatch, batches):
     tokenizer = load_tokenizer(inputs / "tokenizer")
     files = [inputs / f"{i}.fa" for i in range(5)]
@@ -154,7 +155,57 @@ def test_shards_closed_before_and_after_the_stop(inputs, tmp_path, monkeypatch, 
     assert read_tree(tmp_path / "corpus") == read_tree(tmp_path / "whole")
 
 
-def test_workers_end_with_a_killed_build(inputs, tmp_path):
+def test_killed_worker_is_an_error_and_the_build_goes_on(inputs, tmp_path, whole, monkeypatch, capsys, caplog):
+    def die(self, batch):
+        return os.kill(os.getpid(), signal.SIGKILL) if batch.source == 3 else tokenize(self, batch)
+
+    tokenize = shards._PieceTokenizer.__call__
+    command = [*arguments(inputs, tmp_path / "corpus")[:-1], "2"]
+    monkeypatch.setattr(shards, "_BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(shards, "_CHUNK_PIECES", 4)
+    monkeypatch.setattr(shards._PieceTokenizer, "__call__", die)
+    assert main(command) == 1
+    printed = capsys.readouterr().err
+    assert "error: a worker was killed, perhaps for want of memory: use a lower --num-workers" in printed
+    assert "Traceback" not in printed
+    (kept,) = tmp_path.iterdir()
+    assert f"keeping {kept}" in caplog.text
+    monkeypatch.setattr(shards._PieceTokenizer, "__call__", tokenize)
+    assert main(command) == 0
+    assert "going on     behind " in capsys.readouterr().out
+    assert read_tree(tmp_path / "corpus") == whole
+
+
+def test_bad_file_costs_nothing_but_itself(inputs, tmp_path, whole, capsys):
+    command = arguments(inputs, tmp_path / "corpus")
+    last = tmp_path / "4.fa"
+    last.write_bytes((inputs / "4.fa").read_bytes() + b">bad\n!")
+    command[6] = str(last)
+    assert main(command) == 1
+    assert "4.fa: cannot be read as FASTA: record 'bad' has '!'" in capsys.readouterr().err
+    last.write_bytes((inputs / "4.fa").read_bytes())
+    assert main(command) == 0
+    assert "behind 4 of 5 files" in capsys.readouterr().out
+    assert read_tree(tmp_path / "corpus") == whole
+
+
+def test_full_disk_costs_nothing_that_is_finished(inputs, tmp_path, whole, capsys, monkeypatch):
+    def write(file, data):
+        if str(file.name).endswith("journal") and files_left.pop() == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_all(file, data)
+
+    write_all, files_left = shards._write_all, [0, 1, 2]
+    monkeypatch.setattr(shards, "_write_all", write)
+    assert main(arguments(inputs, tmp_path / "corpus")) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(arguments(inputs, tmp_path / "corpus")) == 0
+    assert "behind 2 of 5 files" in capsys.readouterr().out
+    assert read_tree(tmp_path / "corpus") == whole
+
+
+def test_workers_end_with_a_killed_build(inputs, tmp_path, caplog):
     (tmp_path / "genome.fa").write_text(f">chr1\n{random_bases(8_000_000)}\n")
     command = [sys.executable, "-m", "dnazen.cli.main", "corpus", "--fasta", tmp_path / "genome.fa", "--tokenizer",
                inputs / "tokenizer", "--output-dir", tmp_path / "corpus", "--num-workers", "2"]  # fmt: skip
@@ -175,3 +226,4 @@ def test_workers_end_with_a_killed_build(inputs, tmp_path):
     assert main([str(word) for word in command[3:]]) == 0
     Corpus.open(tmp_path / "corpus")
     assert sorted(tmp_path.glob(".*")) == sorted([running, elsewhere])
+    assert f"{elsewhere}: of a process on another-machine, which may be running: not touched" in caplog.text

@@ -195,6 +195,7 @@ def test_ties_go_by_token_ids_prefix_first():
         ({"min_len": 1}, "min_len and max_len: expected 2 <= min_len <= max_len <= 5, found 1 and 5"),
         ({"min_len": 4, "max_len": 3}, "found 4 and 3"),
         ({"max_len": 6}, "found 2 and 6"),
+        ({"min_pmi": math.nan}, "min_pmi: expected a number of bits, found nan"),
         ({"long_pieces": "keep"}, "long_pieces: expected 'drop' or 'split', found 'keep'"),
         ({"min_count": 0}, "min_count: expected at least 1, found 0"),
         ({"min_pair_count": 0}, "min_pair_count: expected at least 1, found 0"),
@@ -219,7 +220,7 @@ def test_extraction_error_in_a_worker_reaches_the_user(num_workers):
 @pytest.mark.parametrize("stage", ["_count_pairs", "_count_runs"])
 def test_killed_worker_is_an_error(monkeypatch, stage):
     monkeypatch.setattr(count, stage, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(InputError, match="a worker was killed, perhaps for want of memory: lower num_workers"):
+    with pytest.raises(InputError, match="a worker was killed, perhaps for want of memory: use a lower --num-workers"):
         extract_ngrams([make_shard([[5, 6]]), make_shard([[5, 6]])], vocab_size=16, num_workers=2)
 
 

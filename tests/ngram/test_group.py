@@ -12,7 +12,7 @@ import torch
 from dnazen.cli.main import main
 from dnazen.data.shards import build_corpus
 from dnazen.data.tokenizer import train_tokenizer
-from dnazen.ngram import count
+from dnazen.ngram import count, extract
 from dnazen.ngram.count import Runs, merge_runs
 from dnazen.ngram.group import join_group
 from tests.ngram.forked import kill_at, run_command, run_forked
@@ -104,10 +104,11 @@ def test_taken_folder_stops_all(corpus, tmp_path, capfd):
     assert [path.name for path in tmp_path.rglob("*")] == ["g", "precious"]
 
 
-def test_error_in_one_stops_all(corpus, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize("module, function", [(count, "_count_runs"), (extract, "choose_runs")])
+def test_error_in_one_stops_all(corpus, tmp_path, capfd, monkeypatch, module, function):
     def fail(rank):
         if rank == 2:
-            monkeypatch.setattr(count, "_count_runs", lambda *arguments: open(tmp_path / "nowhere"))
+            monkeypatch.setattr(module, function, lambda *arguments: open(tmp_path / "nowhere"))
 
     assert run_command(4, *command(corpus, tmp_path / "g"), before=fail) == [1] * 4
     printed = capfd.readouterr().err

@@ -37,7 +37,7 @@ def build(folder, name, files, tokenizer, held_out):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Corpora `a`, `b` and `c` (of one sequence), `all` of them in one, and `b` with another tokenizer and name."""
+    """Corpora `a`, `b`, `c` (of one sequence), `all` of them; `b` with another tokenizer, name, held-out record."""
     folder = tmp_path_factory.mktemp("corpora")
     tokenizer = train_tokenizer([make_genome(0)], vocab_size=64)
     for i, name in enumerate("abc"):
@@ -48,6 +48,7 @@ def folder(tmp_path_factory):
     build(folder, "b-other", ["b.fa"], train_tokenizer([make_genome(0)], vocab_size=50), ["bv"])
     shutil.copy(folder / "b.fa", folder / "copy.fa")
     build(folder, "b-copy", ["copy.fa"], tokenizer, ["bv"])
+    build(folder, "b-again", ["b.fa"], tokenizer, ["b"])
     return folder
 
 
@@ -152,8 +153,11 @@ def test_two_counts_of_the_same_are_refused(folder, counted, tmp_path):
     with pytest.raises(InputError, match="counts shard 1/1 of the corpus that .*a-1-of-1 counts too"):
         count_all(folder, tmp_path, "a", [*pairs, pairs[0]])
     copy = count_all(folder, tmp_path, ["b-copy"])
-    with pytest.raises(InputError, match="counts tokens that .*b-1-of-1 counts too, in a copy of the corpus"):
+    with pytest.raises(InputError, match="counts tokens that .*b-1-of-1 counts too, in another corpus or a copy"):
         count_all(folder, tmp_path, "a", pairs + copy)
+    again = count_all(folder, tmp_path, ["b-again"])
+    with pytest.raises(InputError, match="counts a FASTA file that .*b-1-of-1 counts too, in another corpus"):
+        count_all(folder, tmp_path, "a", pairs + again)
     halves = count_all(folder, tmp_path, "b", number=2)
     with pytest.raises(InputError, match="b-1-of-2: expected a shard of 1, as .*b-1-of-1, found one of 2"):
         count_all(folder, tmp_path, "a", [*pairs, halves[0]])
@@ -187,9 +191,9 @@ def test_what_does_not_belong_together_is_refused(folder, counted, tmp_path):
     alone = count_all(folder, tmp_path / "alone", "b", pairs[1:], **OPTIONS)
     with pytest.raises(InputError, match="expected runs of the pairs linked in .*a-1-of-1-runs, found others linked"):
         merge_counts([runs[0], *alone], tmp_path / "g")
-    with pytest.raises(InputError, match=r"expected runs counted by `dnazen ngrams count --pairs` .*found .*1, pairs"):
+    with pytest.raises(InputError, match=r"expected runs counted by `dnazen ngrams count --pairs` .*found .*2, pairs"):
         merge_counts(pairs, tmp_path / "g")
-    with pytest.raises(InputError, match=r"expected pairs counted by `dnazen ngrams count` .*found .*1, runs"):
+    with pytest.raises(InputError, match=r"expected pairs counted by `dnazen ngrams count` .*found .*2, runs"):
         count_all(folder, tmp_path, "a", runs)
     with pytest.raises(InputError, match=r"b: expected runs counted .* found dnazen-corpus of version \d+, None"):
         merge_counts([folder / "b"], tmp_path / "g")
@@ -236,12 +240,28 @@ def test_cut_and_altered_files_are_refused(folder, counted, tmp_path, change):
         (["--shard", "0/2"], "found 0/2"),
         (["--min-pmi", "1", "--max-len", "3"], "min_pmi, max_len: expected only with pairs"),
         (["--num-workers", "0"], "num_workers: expected at least 1, found 0"),
+        (["--min-pmi", "nan", "--pairs", "a"], "min_pmi: expected a number of bits, found nan"),
     ],
 )
 def test_count_refuses(folder, tmp_path, capsys, words, message):
     command = ["ngrams", "count", "--corpus", str(folder / "a"), "--output-dir", str(tmp_path / "out"), *words]
     assert main(command) == 1
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["corpus", "--fasta", "a.fa", "--tokenizer", "tokenizer"],
+        ["ngrams", "count", "--corpus", "a"],
+        ["ngrams", "merge", "--counts", "a", "b"],
+    ],
+)
+def test_several_processes_are_refused(tmp_path, capsys, monkeypatch, words):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main([*words, "--output-dir", str(tmp_path / "out")]) == 1
+    assert "expected one process, without torchrun or deepspeed, found 4 (WORLD_SIZE)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
