@@ -73,7 +73,7 @@ def _make_parser() -> argparse.ArgumentParser:
         text = "FASTA, or CSV with a column `sequence`, plain or compressed"
         command.add_argument("--input", required=True, metavar="FILE", help=text)
         command.add_argument("--window", type=int, default=2040, help="bases read at once (%(default)s)")
-        command.add_argument("--stride", type=int, default=1020, help="bases from window to window (%(default)s)")
+        command.add_argument("--stride", type=int, default=1020, help="bases from window to window, at most (%(default)s)")
         command.add_argument("--max-batch-tokens", type=int, default=8192, help="of a batch; same result (%(default)s)")
 
     def add_ngram_options(command: argparse.ArgumentParser, *names: str) -> None:

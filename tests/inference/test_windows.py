@@ -5,7 +5,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dnazen.data.fasta import FastaBlock
+from dnazen.data.fasta import FastaBlock, reverse_complement
 from dnazen.inference.windows import cut_windows
 
 
@@ -41,3 +41,24 @@ def test_every_base_is_owned_by_the_window_it_lies_deepest_in(records, window, s
                     return min(left, right) if candidate.start <= base < last else -1
 
                 assert depth(found) >= max(map(depth, mine)) - 1  # ties at a seam go to one side
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ACGTN", min_size=1, max_size=300), st.integers(1, 20), st.integers(1, 20))
+def test_windows_of_the_reverse_complement_are_the_mirror_images(record, window, stride):
+    stride = min(stride, window)
+    both = []
+    for text in (record, reverse_complement(record)):
+        *found, end = cut_windows([FastaBlock("r", 0, text.encode())], window, stride)
+        assert end.start == len(record)
+        both.append(found)
+    mirrored = [
+        (len(record) - (part.start + len(part.sequence)), reverse_complement(part.sequence),
+         len(record) - part.own_end, len(record) - part.own_start)
+        for part in both[1][::-1]
+    ]  # fmt: skip
+    assert [part[1:] for part in both[0]] == mirrored
+    starts = [part.start for part in both[0]]
+    for run in re.finditer("[ACGT]+", record):
+        within = [start for start in starts if run.start() <= start < run.end()]
+        assert all(0 <= after - before <= stride for before, after in zip(within, within[1:]))
