@@ -125,6 +125,8 @@ def explain(
             counts["ngrams"] += len(found)
             bases += part.own_end - part.own_start
             progress.update(part.own_end - part.own_start)
+            for track in tracks:
+                track.flush(part.record, part.own_start)
             for ngram in found:
                 for start, end in ngram.spans:
                     if part.own_start <= part.start + start < part.own_end:
@@ -135,8 +137,6 @@ def explain(
                         table.writerow([part.record, *span, ngram.tokens, len(found), *extra, *weights])
                         for track, weight in zip(tracks, (*ngram.attention, ngram.attention.mean())):
                             track.add(*span, weight)
-            for track in tracks:
-                track.flush(part.record, part.own_end)
             is_covered = any(ngram.has_motif for ngram in found)
             motif_windows["present"] += bool(pattern and pattern.search(part.sequence))
             motif_windows["covered"] += is_covered
@@ -189,7 +189,7 @@ class _Track:
         self._values[start - self._start : end - self._start] += value
 
     def flush(self, record: str, end: int | None) -> None:
-        """Write the bases before `end`, and no longer hold them; None for all, and on to the next record."""
+        """Write the bases before `end`, and hold those from there on; None for all, and on to the next record."""
         values = self._values if end is None else self._values[: end - self._start]
         edges = np.flatnonzero(np.diff(values)) + 1
         for first, last in zip([0, *edges], [*edges, len(values)]):
