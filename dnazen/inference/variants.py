@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import dropwhile
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ def variants(
     flank: int = FLANK_BASES,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> dict[str, int]:
-    """Write the VCF again with four more INFO fields, a value for each ALT allele.
+    """Write the VCF again with four more INFO fields, a value for each ALT allele; the rest of each line as it is.
 
     A window is the allele, without what REF and ALT share at their ends, with `flank` bases of the reference on either
     side (fewer at a contig's end, or next to a letter other than A, C, G, T), the same for both. Both windows are
@@ -89,7 +90,7 @@ def variants(
         source = stack.enter_context(_Source(vcf))
         header = _extended_header(source, model, flank)
         reference = stack.enter_context(_Reference(fasta, target.parent))
-        for record in source.records():
+        for record, _ in source.records():
             _check(record, vcf, reference)
             counts["records"] += 1
         loaded = load_for_inference(model, DNAZenForMaskedLM)
@@ -99,7 +100,7 @@ def variants(
         groups = ((plan, plan.sequences) for plan in _plan(source.records(), reference, flank, loaded, counts))
         compute = _Scores(loaded)
         for plan, results in run_batches(groups, loaded.collator, compute, loaded.model.device, max_batch_tokens):
-            written.write(plan.finish(results).encode())
+            written.write(plan.finish(results))
             progress.update()
     return counts
 
@@ -142,19 +143,21 @@ class _Source:
         except (OSError, ValueError, NotImplementedError) as error:
             raise InputError(f"{self.path}: cannot be read as VCF: {error}") from error
 
-    def records(self) -> Iterator[pysam.VariantRecord]:
-        """Its records."""
+    def records(self) -> Iterator[tuple[pysam.VariantRecord, bytes]]:
+        """Its records, and the line of each as the file has it: pysam's has numbers of some six digits."""
         place = "the first record"
-        with self.open() as file:
+        with self.open() as file, xopen(self._readable, "rb", threads=0) as text:
+            lines = dropwhile(lambda line: line.startswith(b"#"), text)
             while True:
                 try:
                     record = next(file)
+                    line = str(record).encode() if file.is_bcf else next(lines)
                 except StopIteration:
                     return
-                except (OSError, ValueError) as error:
+                except (OSError, EOFError, ValueError) as error:
                     raise InputError(f"{self.path}: cannot be read as VCF: {place}: {error}") from error
                 place = f"the record after {_name(record)}"
-                yield record
+                yield record, line.rstrip(b"\r\n")
 
 
 class _Reference:
@@ -252,10 +255,10 @@ def align_tokens(
 
 
 class _Plan:
-    """A record, the sequences that the model must see for it, and what becomes of its line."""
+    """A record's line, the sequences that the model must see for it, and what becomes of it."""
 
-    def __init__(self, record: pysam.VariantRecord, mask_token_id: int):
-        self.fields = str(record).rstrip("\n").split("\t")
+    def __init__(self, line: bytes, mask_token_id: int):
+        self.fields = line.split(b"\t")
         self.alleles: list[list[Strand] | None] = []  # both strands of each ALT; None: not scored
         self.sequences: list[list[int]] = []
         self._numbers: dict[tuple[int, ...], int] = {}
@@ -274,7 +277,7 @@ class _Plan:
     def _masked(self, strand: Strand, tokens: list[int]) -> list[int]:
         return strand.masked(len(strand.spelled(tokens)), self._mask_token_id)
 
-    def finish(self, results: list[tuple[np.ndarray, np.ndarray]]) -> str:
+    def finish(self, results: list[tuple[np.ndarray, np.ndarray]]) -> bytes:
         """The record's line, from each sequence's mean state and log probabilities at its masks."""
         def of(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
             return results[self._numbers[tuple(tokens)]]
@@ -293,19 +296,19 @@ class _Plan:
                 distance = np.mean([np.linalg.norm(of(strand.alt)[0] - of(strand.ref)[0]) for strand in strands])
                 sizes = [len(strands[0].spelled(tokens)) for tokens in (strands[0].ref, strands[0].alt)]
                 rows.append([f"{ratio:.6g}", f"{distance:.6g}", *map(str, sizes)])
-            values = [f"{name}={','.join(column)}" for name, column in zip(_FIELDS, zip(*rows))]
-            info = [] if self.fields[7] == "." else [self.fields[7]]
-            self.fields[7] = ";".join([*info, *values])
-        return "\t".join(self.fields) + "\n"
+            values = [f"{name}={','.join(column)}".encode() for name, column in zip(_FIELDS, zip(*rows))]
+            info = self.fields[7].rstrip(b";")
+            self.fields[7] = b";".join([*([info] if info not in (b"", b".") else []), *values])
+        return b"\t".join(self.fields) + b"\n"
 
 
 def _plan(
-    records: Iterator[pysam.VariantRecord], reference: _Reference, flank: int, loaded: InferenceModel,
+    records: Iterator[tuple[pysam.VariantRecord, bytes]], reference: _Reference, flank: int, loaded: InferenceModel,
     counts: dict[str, int],
 ) -> Iterator[_Plan]:  # fmt: skip
     lengths = np.array([len(token) for token in loaded.spelling])
-    for record in records:
-        plan = _Plan(record, loaded.tokenizer.mask_token_id)
+    for record, line in records:
+        plan = _Plan(line, loaded.tokenizer.mask_token_id)
         ref = record.ref.upper()
         for alt in map(str.upper, record.alts or ()):
             counts["alleles"] += 1

@@ -204,7 +204,7 @@ def test_what_is_not_scored_is_counted_and_the_rest_of_the_line_kept(model_folde
     header = header.replace("INFO\n", "INFO\tFORMAT\tS1\n")
     base, long = contig[99], "A" * 520
     rows = [
-        f"chr1\t100\trs1\t{base.lower()}\t<DEL>,{other(base)},*\t9.5\tPASS\tAF=0.1,0.2,0.3\tGT\t0/1",
+        f"chr1\t100\trs1\t{base.lower()}\t<DEL>,{other(base)},*\t50.123456789\tPASS\tAF=0.123456789,1e-9,.\tGT\t0/1",
         f"chr1\t100\t.\t{base}\t.\t.\tq10\tXX=3\tGT:DP\t./.:7",  # undeclared FILTER, INFO and FORMAT
         f"chr1\t100\t.\t{base}\t{base},{base}{long},N,{base}[chr2:5[\t.\t.\t.\tGT\t0/0",
     ]
@@ -222,6 +222,28 @@ def test_what_is_not_scored_is_counted_and_the_rest_of_the_line_kept(model_folde
     assert [field.split("=")[1].split(",")[::2] for field in ours] == [[".", "."]] * 4
     assert (second, third) == (rows[1], rows[2])
     assert found[0]["DNAZEN_LLR"][0] is None and found[0]["DNAZEN_LLR"][1] != 0
+
+
+def test_lines_keep_what_pysam_would_write_otherwise(model_folder, contig, files):
+    """Digits, CRLF, a trailing semicolon, and bytes that are no UTF-8; BCF, whose numbers are float32, has no lines."""
+    fields = ["chr1", "100", ".", contig[99], other(contig[99]), "1e3", ".", "AF=0.10;"]
+    text = HEADER.replace("#CHROM", '##INFO=<ID=AF,Number=A,Type=Float,Description="f">\n#CHROM')
+    text += "\t".join(fields) + "\r\n" + "\t".join([*fields[:7], "XX=\xe9"])
+    (files.folder / "in.vcf").write_bytes(text.encode("latin-1"))
+    with pysam.VariantFile(str(files.folder / "in.vcf")) as file, pysam.VariantFile(
+        str(files.folder / "in.bcf"), "wb", header=file.header
+    ) as copy:
+        copy.write(next(file))
+    for name in ("in.vcf", "in.bcf"):
+        variants(str(model_folder), files.folder / name, files.folder / "ref.fa", files.folder / f"{name}.out.vcf")
+    lines = [
+        (files.folder / f"{name}.out.vcf").read_bytes().splitlines(keepends=True) for name in ("in.vcf", "in.bcf")
+    ]
+    first, second = (line.split(b"\t") for line in lines[0][-2:])
+    assert first[:7] == second[:7] == [field.encode() for field in fields[:7]]
+    assert first[7].startswith(b"AF=0.10;DNAZEN_LLR=") and second[7].startswith(b"XX=\xe9;DNAZEN_LLR=")
+    assert first[7].endswith(b"\n") and b"\r" not in first[7]
+    assert lines[1][-1].split(b"\t")[7].split(b";")[1:] == first[7].split(b";")[1:]
 
 
 def test_windows_end_at_letters_that_are_no_bases(model_folder, contig, files, plain):
