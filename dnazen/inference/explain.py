@@ -19,7 +19,7 @@ from dnazen.inference.windows import WINDOW_BASES, Window, check_window, cut_win
 from dnazen.models import DNAZenModel
 
 TABLE_FILE, PICTURE_FILE = "ngrams.tsv", "attention.png"
-_CODES = {
+IUPAC_BASES = {
     "A": "A", "C": "C", "G": "G", "T": "T", "U": "T", "R": "AG", "Y": "CT", "S": "CG", "W": "AT", "K": "GT", "M": "AC",
     "B": "CGT", "D": "AGT", "H": "ACT", "V": "ACG", "N": "ACGT",
 }  # fmt: skip
@@ -151,10 +151,10 @@ def explain(
 
 def _compile_motif(motif: str) -> re.Pattern:
     letters = motif.upper()
-    if not letters or set(letters) - _CODES.keys():
-        raise InputError(f"motif: expected IUPAC codes ({''.join(_CODES)}), found {motif!r}")
+    if not letters or set(letters) - IUPAC_BASES.keys():
+        raise InputError(f"motif: expected IUPAC codes ({''.join(IUPAC_BASES)}), found {motif!r}")
     # looking ahead, so that overlapping occurrences are found
-    return re.compile("(?=({}))".format("".join(f"[{_CODES[letter]}]" for letter in letters)))
+    return re.compile("(?=({}))".format("".join(f"[{IUPAC_BASES[letter]}]" for letter in letters)))
 
 
 def _locate(

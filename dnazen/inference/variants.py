@@ -21,6 +21,7 @@ from dnazen import __version__
 from dnazen.data.fasta import FastaReader, reverse_complement
 from dnazen.files import InputError, atomic_file
 from dnazen.inference.batches import run_batches
+from dnazen.inference.explain import IUPAC_BASES
 from dnazen.inference.loading import InferenceModel, load_for_inference
 from dnazen.models import DNAZenForMaskedLM
 
@@ -28,6 +29,7 @@ FLANK_BASES = 256
 # The scores of 4,096 tokens at every masked one are kept for some batches.
 MAX_BATCH_TOKENS = 4096
 _BASES = re.compile("[ACGT]+")
+_CODES = {code: bases for code, bases in IUPAC_BASES.items() if code != "N"}
 _FIELDS = {
     "DNAZEN_LLR": (
         "Float", "Log-likelihood ratio (nats) of ALT over REF: log probability of the tokens that spell the allele and "
@@ -74,7 +76,8 @@ def variants(
         max_batch_tokens: changes the scores by rounding alone.
 
     Returns:
-        Counts: records, alleles, scored, unspelled (not in A, C, G, T), unchanged, long.
+        Counts: records, ambiguous (those whose REF has a base for an IUPAC code of the reference), alleles, scored,
+        unspelled (not in A, C, G, T), unchanged, long.
 
     Raises:
         InputError: a file cannot be read as what it should be; a record lies on a contig that the reference does not
@@ -84,14 +87,14 @@ def variants(
         raise InputError(f"flank: expected at least 1, found {flank}")
     if not str(output).endswith((".vcf", ".vcf.gz")):
         raise InputError(f"{output}: expected a name that ends in .vcf or .vcf.gz")
-    counts = dict.fromkeys(("records", "alleles", "scored", "unspelled", "unchanged", "long"), 0)
+    counts = dict.fromkeys(("records", "ambiguous", "alleles", "scored", "unspelled", "unchanged", "long"), 0)
     with ExitStack() as stack:
         target = stack.enter_context(atomic_file(output))
         source = stack.enter_context(_Source(vcf))
         header = _extended_header(source, model, flank)
         reference = stack.enter_context(_Reference(fasta, target.parent))
         for record, _ in source.records():
-            _check(record, vcf, reference)
+            counts["ambiguous"] += _check(record, vcf, reference)
             counts["records"] += 1
         loaded = load_for_inference(model, DNAZenForMaskedLM)
         progress = stack.enter_context(tqdm(desc="scoring", unit=" records", total=counts["records"]))
@@ -191,8 +194,11 @@ def _name(record: pysam.VariantRecord) -> str:
     return f"{record.chrom}:{record.pos}" + (f" ({record.id})" if record.id else "")
 
 
-def _check(record: pysam.VariantRecord, vcf: str | PathLike, reference: _Reference) -> None:
-    """Raise InputError for a record off the reference."""
+def _check(record: pysam.VariantRecord, vcf: str | PathLike, reference: _Reference) -> bool:
+    """Raise InputError for a record off the reference; return whether its REF has a base for an IUPAC code in it.
+
+    VCF allows no such code but N; it has REF take the first of the bases (VCFv4.3, on REF). Here any of them will do.
+    """
     place = f"{vcf}: record {_name(record)}"
     if record.chrom not in reference.contigs:
         known = ", ".join(list(reference.contigs)[:5]) + (", ..." if len(reference.contigs) > 5 else "")
@@ -205,8 +211,13 @@ def _check(record: pysam.VariantRecord, vcf: str | PathLike, reference: _Referen
             f"found {record.pos:,} to {last:,}"
         )
     expected = reference.fetch(record.chrom, record.pos - 1, last)
-    if record.ref.upper() != expected:
+    ref = record.ref.upper()
+    if ref == expected:
+        return False
+    pairs = zip(ref, expected)
+    if len(ref) != len(expected) or not all(base == code or base in _CODES.get(code, "") for base, code in pairs):
         raise InputError(f"{place}: expected REF {expected}, as in {reference.path}, found {record.ref}")
+    return True
 
 
 def _extended_header(source: _Source, model: str, flank: int) -> str:
