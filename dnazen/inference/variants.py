@@ -1,11 +1,12 @@
 """`dnazen variants`: what a model makes of each variant of a VCF file: a likelihood ratio and an embedding distance."""
 
+import errno
 import mmap
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import dropwhile
 from os import PathLike
 from pathlib import Path
@@ -98,7 +99,7 @@ def variants(
             counts["records"] += 1
         loaded = load_for_inference(model, DNAZenForMaskedLM)
         progress = stack.enter_context(tqdm(desc="scoring", unit=" records", total=counts["records"]))
-        written = stack.enter_context((pysam.BGZFile if str(output).endswith(".gz") else open)(str(target), "wb"))
+        written = stack.enter_context(_create(target, output))
         written.write(header.encode())
         groups = ((plan, plan.sequences) for plan in _plan(source.records(), reference, flank, loaded, counts))
         compute = _Scores(loaded)
@@ -106,6 +107,19 @@ def variants(
             written.write(plan.finish(results))
             progress.update()
     return counts
+
+
+@contextmanager
+def _create(target: Path, output: str | PathLike) -> Iterator[Any]:
+    """The output under its temporary name, as a binary file."""
+    try:
+        with (pysam.BGZFile if str(output).endswith(".gz") else open)(str(target), "wb") as file:
+            yield file
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # pysam names neither the file nor the reason
+        raise OSError(errno.EIO, f"cannot be written; is the disk full? ({error})", str(output)) from error
 
 
 class _Source:
