@@ -1,7 +1,9 @@
 """Cutting records into windows: every base owned once, whatever the blocks."""
 
 import re
+from itertools import chain
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,3 +64,16 @@ def test_windows_of_the_reverse_complement_are_the_mirror_images(record, window,
     for run in re.finditer("[ACGT]+", record):
         within = [start for start in starts if run.start() <= start < run.end()]
         assert all(0 <= after - before <= stride for before, after in zip(within, within[1:]))
+
+
+def test_a_run_that_is_kept_on_disk():
+    """17 Mb, read in blocks."""
+    letters = np.random.default_rng(0).choice(np.frombuffer(b"ACGT", np.uint8), 17_000_001).tobytes()
+    blocks = (FastaBlock("r", start, letters[start : start + 10**6]) for start in range(0, len(letters), 10**6))
+    owned = count = 0
+    for part in cut_windows(chain(blocks, [FastaBlock("s", 0, b"ACGT")]), 2040, 1020):
+        if part.record == "r" and not part.is_end:
+            assert part.own_start == owned
+            assert part.sequence.encode() == letters[part.start : part.start + len(part.sequence)]
+            owned, count = part.own_end, count + 1
+    assert owned == len(letters) and count == 16_667 and part == ("s", 4, "", 4, 4)
