@@ -73,7 +73,7 @@ def _make_parser() -> argparse.ArgumentParser:
         text = "FASTA, or CSV with a column `sequence`, plain or compressed"
         command.add_argument("--input", required=True, metavar="FILE", help=text)
         command.add_argument("--window", type=int, default=2040, help="bases read at once (%(default)s)")
-        command.add_argument("--stride", type=int, default=1020, help="bases from window to window (%(default)s)")
+        command.add_argument("--stride", type=int, default=1020, help="bases between their starts at most (%(default)s)")
         command.add_argument("--max-batch-tokens", type=int, default=8192, help="of a batch; same result (%(default)s)")
 
     def add_ngram_options(command: argparse.ArgumentParser, *names: str) -> None:
@@ -312,6 +312,7 @@ def _variants(**parameters: Any) -> None:
 
     counts = variants(**parameters)
     print(f"records     {counts['records']:,} with {counts['alleles']:,} alternative alleles")
+    print(f"ambiguous   {counts['ambiguous']:,} records have a base where the reference has another code, such as R")
     print(f"scored      {counts['scored']:,} alleles")
     reasons = {"unspelled": "not in A, C, G, T", "unchanged": "equal to REF", "long": "too long"}
     print(f"not scored  {'; '.join(f'{counts[name]:,} {reason}' for name, reason in reasons.items())}")

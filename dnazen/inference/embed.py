@@ -68,8 +68,9 @@ def embed(
         output: .npy (a table of what each row stands for is written beside it, in .tsv), .parquet or .h5.
         pooling: one of `POOLINGS`.
         layer: E4BU's states after so many layers, 0 for the embeddings; None for the last.
-        both_strands: average the vectors of each stretch and of its reverse complement.
-        window, stride: in bases.
+        both_strands: average the vectors of each stretch and of its reverse complement; those of a record and of its
+            reverse complement are then the same, but for rounding, as the windows are symmetric.
+        window, stride: in bases; windows begin at most `stride` after the last.
         precision: of weights and states; the vectors are fp32 all the same.
         max_batch_tokens: changes the vectors by rounding alone.
 
@@ -176,8 +177,9 @@ def _counted(
 
 
 def _own(window: Window, strand: _Strand) -> np.ndarray:
-    """Which tokens begin among the window's own bases, `[n]` bool."""
-    return (strand.spans[:, 0] >= window.own_start) & (strand.spans[:, 0] < window.own_end)
+    """Which tokens begin, on their strand, among the window's own bases, `[n]` bool."""
+    begins = strand.spans[:, 1] - 1 if strand.is_reverse else strand.spans[:, 0]
+    return (begins >= window.own_start) & (begins < window.own_end)
 
 
 def _pooled(

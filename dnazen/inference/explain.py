@@ -19,7 +19,7 @@ from dnazen.inference.windows import WINDOW_BASES, Window, check_window, cut_win
 from dnazen.models import DNAZenModel
 
 TABLE_FILE, PICTURE_FILE = "ngrams.tsv", "attention.png"
-_CODES = {
+IUPAC_BASES = {
     "A": "A", "C": "C", "G": "G", "T": "T", "U": "T", "R": "AG", "Y": "CT", "S": "CG", "W": "AT", "K": "GT", "M": "AC",
     "B": "CGT", "D": "AGT", "H": "ACT", "V": "ACG", "N": "ACGT",
 }  # fmt: skip
@@ -125,6 +125,8 @@ def explain(
             counts["ngrams"] += len(found)
             bases += part.own_end - part.own_start
             progress.update(part.own_end - part.own_start)
+            for track in tracks:
+                track.flush(part.record, part.own_start)
             for ngram in found:
                 for start, end in ngram.spans:
                     if part.own_start <= part.start + start < part.own_end:
@@ -135,8 +137,6 @@ def explain(
                         table.writerow([part.record, *span, ngram.tokens, len(found), *extra, *weights])
                         for track, weight in zip(tracks, (*ngram.attention, ngram.attention.mean())):
                             track.add(*span, weight)
-            for track in tracks:
-                track.flush(part.record, part.own_end)
             is_covered = any(ngram.has_motif for ngram in found)
             motif_windows["present"] += bool(pattern and pattern.search(part.sequence))
             motif_windows["covered"] += is_covered
@@ -151,10 +151,10 @@ def explain(
 
 def _compile_motif(motif: str) -> re.Pattern:
     letters = motif.upper()
-    if not letters or set(letters) - _CODES.keys():
-        raise InputError(f"motif: expected IUPAC codes ({''.join(_CODES)}), found {motif!r}")
+    if not letters or set(letters) - IUPAC_BASES.keys():
+        raise InputError(f"motif: expected IUPAC codes ({''.join(IUPAC_BASES)}), found {motif!r}")
     # looking ahead, so that overlapping occurrences are found
-    return re.compile("(?=({}))".format("".join(f"[{_CODES[letter]}]" for letter in letters)))
+    return re.compile("(?=({}))".format("".join(f"[{IUPAC_BASES[letter]}]" for letter in letters)))
 
 
 def _locate(
@@ -189,7 +189,7 @@ class _Track:
         self._values[start - self._start : end - self._start] += value
 
     def flush(self, record: str, end: int | None) -> None:
-        """Write the bases before `end`, and no longer hold them; None for all, and on to the next record."""
+        """Write the bases before `end`, and hold those from there on; None for all, and on to the next record."""
         values = self._values if end is None else self._values[: end - self._start]
         edges = np.flatnonzero(np.diff(values)) + 1
         for first, last in zip([0, *edges], [*edges, len(values)]):

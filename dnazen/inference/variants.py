@@ -1,11 +1,13 @@
 """`dnazen variants`: what a model makes of each variant of a VCF file: a likelihood ratio and an embedding distance."""
 
+import errno
 import mmap
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from itertools import dropwhile
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from dnazen import __version__
 from dnazen.data.fasta import FastaReader, reverse_complement
 from dnazen.files import InputError, atomic_file
 from dnazen.inference.batches import run_batches
+from dnazen.inference.explain import IUPAC_BASES
 from dnazen.inference.loading import InferenceModel, load_for_inference
 from dnazen.models import DNAZenForMaskedLM
 
@@ -27,6 +30,7 @@ FLANK_BASES = 256
 # The scores of 4,096 tokens at every masked one are kept for some batches.
 MAX_BATCH_TOKENS = 4096
 _BASES = re.compile("[ACGT]+")
+_CODES = {code: bases for code, bases in IUPAC_BASES.items() if code != "N"}
 _FIELDS = {
     "DNAZEN_LLR": (
         "Float", "Log-likelihood ratio (nats) of ALT over REF: log probability of the tokens that spell the allele and "
@@ -49,7 +53,7 @@ def variants(
     flank: int = FLANK_BASES,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> dict[str, int]:
-    """Write the VCF again with four more INFO fields, a value for each ALT allele.
+    """Write the VCF again with four more INFO fields, a value for each ALT allele; the rest of each line as it is.
 
     A window is the allele, without what REF and ALT share at their ends, with `flank` bases of the reference on either
     side (fewer at a contig's end, or next to a letter other than A, C, G, T), the same for both. Both windows are
@@ -73,7 +77,8 @@ def variants(
         max_batch_tokens: changes the scores by rounding alone.
 
     Returns:
-        Counts: records, alleles, scored, unspelled (not in A, C, G, T), unchanged, long.
+        Counts: records, ambiguous (those whose REF has a base for an IUPAC code of the reference), alleles, scored,
+        unspelled (not in A, C, G, T), unchanged, long.
 
     Raises:
         InputError: a file cannot be read as what it should be; a record lies on a contig that the reference does not
@@ -83,25 +88,38 @@ def variants(
         raise InputError(f"flank: expected at least 1, found {flank}")
     if not str(output).endswith((".vcf", ".vcf.gz")):
         raise InputError(f"{output}: expected a name that ends in .vcf or .vcf.gz")
-    counts = dict.fromkeys(("records", "alleles", "scored", "unspelled", "unchanged", "long"), 0)
+    counts = dict.fromkeys(("records", "ambiguous", "alleles", "scored", "unspelled", "unchanged", "long"), 0)
     with ExitStack() as stack:
         target = stack.enter_context(atomic_file(output))
         source = stack.enter_context(_Source(vcf))
         header = _extended_header(source, model, flank)
         reference = stack.enter_context(_Reference(fasta, target.parent))
-        for record in source.records():
-            _check(record, vcf, reference)
+        for record, _ in source.records():
+            counts["ambiguous"] += _check(record, vcf, reference)
             counts["records"] += 1
         loaded = load_for_inference(model, DNAZenForMaskedLM)
         progress = stack.enter_context(tqdm(desc="scoring", unit=" records", total=counts["records"]))
-        written = stack.enter_context((pysam.BGZFile if str(output).endswith(".gz") else open)(str(target), "wb"))
+        written = stack.enter_context(_create(target, output))
         written.write(header.encode())
         groups = ((plan, plan.sequences) for plan in _plan(source.records(), reference, flank, loaded, counts))
         compute = _Scores(loaded)
         for plan, results in run_batches(groups, loaded.collator, compute, loaded.model.device, max_batch_tokens):
-            written.write(plan.finish(results).encode())
+            written.write(plan.finish(results))
             progress.update()
     return counts
+
+
+@contextmanager
+def _create(target: Path, output: str | PathLike) -> Iterator[Any]:
+    """The output under its temporary name, as a binary file."""
+    try:
+        with (pysam.BGZFile if str(output).endswith(".gz") else open)(str(target), "wb") as file:
+            yield file
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # pysam names neither the file nor the reason
+        raise OSError(errno.EIO, f"cannot be written; is the disk full? ({error})", str(output)) from error
 
 
 class _Source:
@@ -142,19 +160,21 @@ class _Source:
         except (OSError, ValueError, NotImplementedError) as error:
             raise InputError(f"{self.path}: cannot be read as VCF: {error}") from error
 
-    def records(self) -> Iterator[pysam.VariantRecord]:
-        """Its records."""
+    def records(self) -> Iterator[tuple[pysam.VariantRecord, bytes]]:
+        """Its records, and the line of each as the file has it: pysam's has numbers of some six digits."""
         place = "the first record"
-        with self.open() as file:
+        with self.open() as file, xopen(self._readable, "rb", threads=0) as text:
+            lines = dropwhile(lambda line: line.startswith(b"#"), text)
             while True:
                 try:
                     record = next(file)
+                    line = str(record).encode() if file.is_bcf else next(lines)
                 except StopIteration:
                     return
-                except (OSError, ValueError) as error:
+                except (OSError, EOFError, ValueError) as error:
                     raise InputError(f"{self.path}: cannot be read as VCF: {place}: {error}") from error
                 place = f"the record after {_name(record)}"
-                yield record
+                yield record, line.rstrip(b"\r\n")
 
 
 class _Reference:
@@ -188,8 +208,11 @@ def _name(record: pysam.VariantRecord) -> str:
     return f"{record.chrom}:{record.pos}" + (f" ({record.id})" if record.id else "")
 
 
-def _check(record: pysam.VariantRecord, vcf: str | PathLike, reference: _Reference) -> None:
-    """Raise InputError for a record off the reference."""
+def _check(record: pysam.VariantRecord, vcf: str | PathLike, reference: _Reference) -> bool:
+    """Raise InputError for a record off the reference; return whether its REF has a base for an IUPAC code in it.
+
+    VCF allows no such code but N; it has REF take the first of the bases (VCFv4.3, on REF). Here any of them will do.
+    """
     place = f"{vcf}: record {_name(record)}"
     if record.chrom not in reference.contigs:
         known = ", ".join(list(reference.contigs)[:5]) + (", ..." if len(reference.contigs) > 5 else "")
@@ -202,8 +225,13 @@ def _check(record: pysam.VariantRecord, vcf: str | PathLike, reference: _Referen
             f"found {record.pos:,} to {last:,}"
         )
     expected = reference.fetch(record.chrom, record.pos - 1, last)
-    if record.ref.upper() != expected:
+    ref = record.ref.upper()
+    if ref == expected:
+        return False
+    pairs = zip(ref, expected)
+    if len(ref) != len(expected) or not all(base == code or base in _CODES.get(code, "") for base, code in pairs):
         raise InputError(f"{place}: expected REF {expected}, as in {reference.path}, found {record.ref}")
+    return True
 
 
 def _extended_header(source: _Source, model: str, flank: int) -> str:
@@ -252,10 +280,10 @@ def align_tokens(
 
 
 class _Plan:
-    """A record, the sequences that the model must see for it, and what becomes of its line."""
+    """A record's line, the sequences that the model must see for it, and what becomes of it."""
 
-    def __init__(self, record: pysam.VariantRecord, mask_token_id: int):
-        self.fields = str(record).rstrip("\n").split("\t")
+    def __init__(self, line: bytes, mask_token_id: int):
+        self.fields = line.split(b"\t")
         self.alleles: list[list[Strand] | None] = []  # both strands of each ALT; None: not scored
         self.sequences: list[list[int]] = []
         self._numbers: dict[tuple[int, ...], int] = {}
@@ -274,7 +302,7 @@ class _Plan:
     def _masked(self, strand: Strand, tokens: list[int]) -> list[int]:
         return strand.masked(len(strand.spelled(tokens)), self._mask_token_id)
 
-    def finish(self, results: list[tuple[np.ndarray, np.ndarray]]) -> str:
+    def finish(self, results: list[tuple[np.ndarray, np.ndarray]]) -> bytes:
         """The record's line, from each sequence's mean state and log probabilities at its masks."""
         def of(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
             return results[self._numbers[tuple(tokens)]]
@@ -293,19 +321,19 @@ class _Plan:
                 distance = np.mean([np.linalg.norm(of(strand.alt)[0] - of(strand.ref)[0]) for strand in strands])
                 sizes = [len(strands[0].spelled(tokens)) for tokens in (strands[0].ref, strands[0].alt)]
                 rows.append([f"{ratio:.6g}", f"{distance:.6g}", *map(str, sizes)])
-            values = [f"{name}={','.join(column)}" for name, column in zip(_FIELDS, zip(*rows))]
-            info = [] if self.fields[7] == "." else [self.fields[7]]
-            self.fields[7] = ";".join([*info, *values])
-        return "\t".join(self.fields) + "\n"
+            values = [f"{name}={','.join(column)}".encode() for name, column in zip(_FIELDS, zip(*rows))]
+            info = self.fields[7].rstrip(b";")
+            self.fields[7] = b";".join([*([info] if info not in (b"", b".") else []), *values])
+        return b"\t".join(self.fields) + b"\n"
 
 
 def _plan(
-    records: Iterator[pysam.VariantRecord], reference: _Reference, flank: int, loaded: InferenceModel,
+    records: Iterator[tuple[pysam.VariantRecord, bytes]], reference: _Reference, flank: int, loaded: InferenceModel,
     counts: dict[str, int],
 ) -> Iterator[_Plan]:  # fmt: skip
     lengths = np.array([len(token) for token in loaded.spelling])
-    for record in records:
-        plan = _Plan(record, loaded.tokenizer.mask_token_id)
+    for record, line in records:
+        plan = _Plan(line, loaded.tokenizer.mask_token_id)
         ref = record.ref.upper()
         for alt in map(str.upper, record.alts or ()):
             counts["alleles"] += 1

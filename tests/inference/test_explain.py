@@ -2,6 +2,7 @@
 
 import csv
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -139,6 +140,24 @@ def test_overlapping_windows_give_each_occurrence_once(model_folder, genome, tmp
         assert not found[start:end].any()
         found[start:end] = value
     np.testing.assert_allclose(found, values, atol=1e-5)
+
+
+def test_a_gap_takes_no_memory(model_folder, genome, tmp_path):
+    """Zeros of one track over 5 Mb of N would take 40 MB."""
+    runs, peaks = (genome[:250], genome[1000:1200]), []
+    for gap in (1, 5_000_000):
+        (tmp_path / "in.fa").write_text(f">r\n{runs[0]}{'N' * gap}{runs[1]}\n")
+        tracemalloc.start()
+        explain(str(model_folder), tmp_path / "in.fa", tmp_path / str(gap), window=100, stride=60)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 20e6  # blocks of the file, several times
+    narrow, wide = (read_track(tmp_path / str(gap) / "mean.bedgraph") for gap in (1, 5_000_000))
+    assert wide == [
+        (record, *(at + 4_999_999 * (start > 250) for at in (start, end)), value)
+        for record, start, end, value in narrow
+    ]  # fmt: skip
+    assert sum(start > 250 for _, start, _, _ in narrow) > 3
 
 
 def test_attention_does_not_depend_on_the_batch(model_folder, genome, tmp_path):

@@ -111,7 +111,9 @@ def test_scores_are_those_of_plain_loops(model_folder, contig, files, plain):
     cases += [(1500, contig[1499:1503], ["TTGGCCAA", contig[1499], other(contig[1499]) + contig[1500:1503]])]
     records = "".join(line(pos, ref, ",".join(alts)) for pos, ref, alts in cases)
     counts, found = files(model_folder, records, flank=flank)
-    assert counts == {"records": 7, "alleles": 10, "scored": 10, "unspelled": 0, "unchanged": 0, "long": 0}
+    assert counts == {
+        "records": 7, "ambiguous": 0, "alleles": 10, "scored": 10, "unspelled": 0, "unchanged": 0, "long": 0,
+    }  # fmt: skip
     for (pos, ref, alts), info in zip(cases, found, strict=True):
         start, end = pos - 1, pos - 1 + len(ref)
         for number, alt in enumerate(alts):
@@ -204,12 +206,14 @@ def test_what_is_not_scored_is_counted_and_the_rest_of_the_line_kept(model_folde
     header = header.replace("INFO\n", "INFO\tFORMAT\tS1\n")
     base, long = contig[99], "A" * 520
     rows = [
-        f"chr1\t100\trs1\t{base.lower()}\t<DEL>,{other(base)},*\t9.5\tPASS\tAF=0.1,0.2,0.3\tGT\t0/1",
+        f"chr1\t100\trs1\t{base.lower()}\t<DEL>,{other(base)},*\t50.123456789\tPASS\tAF=0.123456789,1e-9,.\tGT\t0/1",
         f"chr1\t100\t.\t{base}\t.\t.\tq10\tXX=3\tGT:DP\t./.:7",  # undeclared FILTER, INFO and FORMAT
         f"chr1\t100\t.\t{base}\t{base},{base}{long},N,{base}[chr2:5[\t.\t.\t.\tGT\t0/0",
     ]
     counts, found = files(model_folder, "\n".join(rows) + "\n", header=header)
-    assert counts == {"records": 3, "alleles": 7, "scored": 1, "unspelled": 4, "unchanged": 1, "long": 1}
+    assert counts == {
+        "records": 3, "ambiguous": 0, "alleles": 7, "scored": 1, "unspelled": 4, "unchanged": 1, "long": 1,
+    }  # fmt: skip
     first, second, third = [
         text for text in (files.folder / "out.vcf").read_text().splitlines() if not text.startswith("#")
     ]
@@ -224,6 +228,28 @@ def test_what_is_not_scored_is_counted_and_the_rest_of_the_line_kept(model_folde
     assert found[0]["DNAZEN_LLR"][0] is None and found[0]["DNAZEN_LLR"][1] != 0
 
 
+def test_lines_keep_what_pysam_would_write_otherwise(model_folder, contig, files):
+    """Digits, CRLF, a trailing semicolon, and bytes that are no UTF-8; BCF, whose numbers are float32, has no lines."""
+    fields = ["chr1", "100", ".", contig[99], other(contig[99]), "1e3", ".", "AF=0.10;"]
+    text = HEADER.replace("#CHROM", '##INFO=<ID=AF,Number=A,Type=Float,Description="f">\n#CHROM')
+    text += "\t".join(fields) + "\r\n" + "\t".join([*fields[:7], "XX=\xe9"])
+    (files.folder / "in.vcf").write_bytes(text.encode("latin-1"))
+    with pysam.VariantFile(str(files.folder / "in.vcf")) as file, pysam.VariantFile(
+        str(files.folder / "in.bcf"), "wb", header=file.header
+    ) as copy:
+        copy.write(next(file))
+    for name in ("in.vcf", "in.bcf"):
+        variants(str(model_folder), files.folder / name, files.folder / "ref.fa", files.folder / f"{name}.out.vcf")
+    lines = [
+        (files.folder / f"{name}.out.vcf").read_bytes().splitlines(keepends=True) for name in ("in.vcf", "in.bcf")
+    ]
+    first, second = (line.split(b"\t") for line in lines[0][-2:])
+    assert first[:7] == second[:7] == [field.encode() for field in fields[:7]]
+    assert first[7].startswith(b"AF=0.10;DNAZEN_LLR=") and second[7].startswith(b"XX=\xe9;DNAZEN_LLR=")
+    assert first[7].endswith(b"\n") and b"\r" not in first[7]
+    assert lines[1][-1].split(b"\t")[7].split(b";")[1:] == first[7].split(b";")[1:]
+
+
 def test_windows_end_at_letters_that_are_no_bases(model_folder, contig, files, plain):
     record = contig[:200] + "N" + contig[200:260] + "R" + contig[260:400]
     (files.folder / "ref.fa").write_text(f">chr1\n{record}\n")
@@ -232,6 +258,21 @@ def test_windows_end_at_letters_that_are_no_bases(model_folder, contig, files, p
     ratio, _ = plain(record[201:230], base, other(base), record[231:261], margin=0)
     assert found[0]["DNAZEN_LLR"][0] == pytest.approx(ratio, rel=1e-4, abs=1e-4)
     assert counts["unspelled"] == 1
+
+
+def test_bases_for_codes_of_the_reference(model_folder, contig, files, plain, capsys):
+    """REF may have any base that R, say, stands for; the windows of others end there all the same."""
+    record = contig[:200] + "R" + contig[201:260] + "Y" + contig[261:400]
+    (files.folder / "ref.fa").write_text(f">chr1\n{record}\n")
+    counts, found = files(model_folder, line(201, "a", "C") + line(200, record[199] + "G", other(record[199]) + "G"))
+    ratio, _ = plain(record[:200], "A", "C", record[201:260], margin=0)
+    assert found[0]["DNAZEN_LLR"][0] == pytest.approx(ratio, rel=1e-4, abs=1e-4)
+    ratio, _ = plain(record[:199], record[199], other(record[199]), "", margin=0)
+    assert found[1]["DNAZEN_LLR"][0] == pytest.approx(ratio, rel=1e-4, abs=1e-4)
+    assert (counts["ambiguous"], counts["scored"]) == (2, 2)
+    (files.folder / "in.vcf").write_text(HEADER + line(201, "C", "A"))
+    assert main(command(model_folder, files.folder, "--output", str(files.folder / "b.vcf"))) == 1
+    assert "record chr1:201: expected REF R, as in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["plain", "gzip", "bgzip"])
@@ -279,6 +320,7 @@ def test_the_command_says_what_it_did(model_folder, contig, files, capsys):
     assert main(command(model_folder, files.folder)) == 0
     printed = capsys.readouterr().out
     assert "records     1 with 2 alternative alleles" in printed and "scored      1 alleles" in printed
+    assert "ambiguous   0 records" in printed
     assert "not scored  1 not in A, C, G, T; 0 equal to REF; 0 too long" in printed
 
 
