@@ -74,7 +74,7 @@ class Encoder(NamedTuple):
             vocabulary, longest = vocabulary or NgramVocabulary([], []), None
             use_ngrams = use_ngrams and config.get("use_ngrams", True)  # as it was pretrained
         else:
-            tokenizer, vocabulary = AutoTokenizer.from_pretrained(folder), None
+            tokenizer, vocabulary = _load_other_tokenizer(folder), None
             longest = min(tokenizer.model_max_length, config.get("max_position_embeddings", MAX_LENGTH))
         max_length = min(MAX_LENGTH, longest or MAX_LENGTH) if max_length is None else max_length
         smallest = SPECIAL_TOKENS_PER_SEQUENCE + 1
@@ -93,7 +93,8 @@ class Encoder(NamedTuple):
         A pair is one sequence with a [SEP] in its middle; what is cut comes off the longer of the two.
 
         Raises:
-            InputError: pairs, or labels per base, for a model that is not ours.
+            InputError: pairs, or labels per base, for a model that is not ours, or one whose tokenizer does not know
+                most of what it reads.
         """
         if not self.is_packed:
             if table.is_pair or task.kind == PER_BASE:
@@ -103,6 +104,7 @@ class Encoder(NamedTuple):
             num_truncated = sum(len(row) > self.max_length for row in self.tokenizer(texts, verbose=False)["input_ids"])
             rows = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
             encoded = Encoded([np.array(row, np.int64) for row in rows], None, num_truncated)
+            self._check_unknown(table, encoded)
         else:
             encoded = self._encode_packed(table, task)
         if encoded.num_truncated:
@@ -111,6 +113,18 @@ class Encoder(NamedTuple):
                 table.path, f"{encoded.num_truncated:,}", f"{len(table.sequences):,}", self.max_length,
             )  # fmt: skip
         return encoded
+
+    def _check_unknown(self, table: Table, encoded: Encoded) -> None:
+        unknown_id = self.tokenizer.unk_token_id
+        special = [token_id for token_id in self.tokenizer.all_special_ids if token_id != unknown_id]
+        tokens = np.concatenate(encoded.input_ids)
+        num_tokens = int((~np.isin(tokens, special)).sum())
+        num_unknown = 0 if unknown_id is None else int((tokens == unknown_id).sum())
+        if 2 * num_unknown >= num_tokens:  # none at all, too
+            raise InputError(
+                f"{self.folder}: expected a tokenizer that knows bases, found one to which {num_unknown:,} of the "
+                f"{num_tokens:,} tokens of {table.path} are unknown; are its files there, and does it cut into k-mers?"
+            )
 
     def _encode_packed(self, table: Table, task: Task) -> Encoded:
         backend = self.tokenizer.backend_tokenizer
@@ -155,6 +169,14 @@ class Encoder(NamedTuple):
         save_tokenizer(self.tokenizer, directory)
         if self.is_packed and self.vocabulary.ngrams:
             self.vocabulary.save_pretrained(directory, self.tokenizer)
+
+
+def _load_other_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:  # by what is missing or damaged
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{folder}: expected a tokenizer, found none that can be read: {reason}") from error
 
 
 def _count_by_token(label: np.ndarray, bases: np.ndarray, num_labels: int) -> np.ndarray:

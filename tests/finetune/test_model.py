@@ -160,6 +160,20 @@ def test_other_encoders_are_padded_and_cut_to_their_positions(bert, sequences):
         encoder.encode(table_of(("ACGT", "ACGT")), TASK)
 
 
+def test_tokenizer_that_does_not_know_bases_is_refused(bert, sequences):
+    """Without its files, with words of six bases, and with files that are none."""
+    for file in bert.glob("*token*"):
+        file.unlink()
+    with pytest.raises(InputError, match="expected a tokenizer"):
+        Encoder.open(bert).encode(table_of(*sequences), TASK)
+    (bert / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ACGTAC", "CCCCCC"]))
+    with pytest.raises(InputError, match="64 of the 64 tokens of t.csv are unknown"):
+        Encoder.open(bert).encode(table_of(*sequences), TASK)
+    (bert / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="expected a tokenizer"):
+        Encoder.open(bert).encode(table_of(*sequences), TASK)
+
+
 def test_adapters_sit_on_every_attention_and_the_head_is_trained_whole(model_folder, bert):
     _, model = make(model_folder)
     adapted = add_adapters(model, 4, 8, 0.0, None)
