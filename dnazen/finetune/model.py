@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import pickle
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -34,6 +36,13 @@ MAX_LENGTH = 512  # tokens; DNAZEN's and DNABERT-2's in pretraining
 LORA_TARGETS = ("Wqkv", "query", "key", "value")
 # parts that start at random and are small: trained and saved whole beside the adapters
 _HEADS = ("classifier", "pooler", "score")
+# what counts its positions from the one after the padding's id
+_POSITIONS_AFTER_PADDING = {
+    "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+# what transformers, safetensors, torch and peft raise for files that are damaged or do not fit each other
+_DAMAGE = (ValueError, KeyError, TypeError, RuntimeError, OSError, ImportError, SafetensorError, pickle.UnpicklingError)
 
 
 class Encoded(NamedTuple):
@@ -75,7 +84,10 @@ class Encoder(NamedTuple):
             use_ngrams = use_ngrams and config.get("use_ngrams", True)  # as it was pretrained
         else:
             tokenizer, vocabulary = _load_other_tokenizer(folder), None
-            longest = min(tokenizer.model_max_length, config.get("max_position_embeddings", MAX_LENGTH))
+            longest = config.get("max_position_embeddings", MAX_LENGTH)
+            if config.get("model_type") in _POSITIONS_AFTER_PADDING:
+                longest -= config.get("pad_token_id", 1) + 1
+            longest = min(tokenizer.model_max_length, longest)
         max_length = min(MAX_LENGTH, longest or MAX_LENGTH) if max_length is None else max_length
         smallest = SPECIAL_TOKENS_PER_SEQUENCE + 1
         if max_length < smallest or (longest and max_length > longest):
@@ -174,9 +186,12 @@ class Encoder(NamedTuple):
 def _load_other_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:  # by what is missing or damaged
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{folder}: expected a tokenizer, found none that can be read: {reason}") from error
+    except _DAMAGE as error:
+        raise InputError(f"{folder}: expected a tokenizer, found none that can be read: {_say(error)}") from error
+
+
+def _say(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line), type(error).__name__)
 
 
 def _count_by_token(label: np.ndarray, bases: np.ndarray, num_labels: int) -> np.ndarray:
@@ -187,23 +202,45 @@ def _count_by_token(label: np.ndarray, bases: np.ndarray, num_labels: int) -> np
     return counts
 
 
-def load_model(encoder: Encoder, task: Task, attn_implementation: str | None = None) -> nn.Module:
+def load_model(
+    encoder: Encoder, task: Task, attn_implementation: str | None = None, may_lack_head: bool = True
+) -> nn.Module:
     """The model with a head for the task, in fp32; a head that the folder does not have starts at random.
 
     Raises:
-        InputError: weights are missing or do not fit (see `StrictLoading.from_pretrained`).
+        InputError: weights are missing or do not fit (see `StrictLoading.from_pretrained`), or cannot be read; the
+            head is missing and may not be.
     """
     options: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": task.problem_type, "dtype": torch.float32}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    model_class = AutoModelForSequenceClassification
-    if encoder.is_packed:
-        model_class = DNAZenForTokenClassification if task.kind == PER_BASE else DNAZenForSequenceClassification
-        options["use_ngrams"] = encoder.use_ngrams
-        if not encoder.vocabulary.ngrams:
-            # no G-gram ever reaches their encoder, which cannot be smaller than this
-            options |= {"ngram_vocab_size": encoder.vocabulary.vocab_size, "num_hidden_ngram_layers": 1}
+    if not encoder.is_packed:
+        return _load_other_model(encoder.folder, options, may_lack_head)
+    model_class = DNAZenForTokenClassification if task.kind == PER_BASE else DNAZenForSequenceClassification
+    options["use_ngrams"] = encoder.use_ngrams
+    if not encoder.vocabulary.ngrams:
+        # no G-gram ever reaches their encoder, which cannot be smaller than this
+        options |= {"ngram_vocab_size": encoder.vocabulary.vocab_size, "num_hidden_ngram_layers": 1}
     return model_class.from_pretrained(encoder.folder, **options)
+
+
+def _load_other_model(folder: Path, options: dict[str, Any], may_lack_head: bool) -> nn.Module:
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **options)
+    except _DAMAGE as error:
+        raise InputError(f"{folder}: expected an encoder that transformers knows, found none: {_say(error)}") from error
+    missing = sorted(info["missing_keys"])
+    is_head = [may_lack_head and not set(_HEADS).isdisjoint(name.split(".")) for name in missing]
+    if not all(is_head):
+        lost = [name for name, is_one in zip(missing, is_head) if not is_one]
+        raise InputError(f"{folder}: expected all weights, {len(lost)} are missing: {_shorten(lost)}")
+    if missing:
+        logger.warning("%s: new, with random weights: %s", folder, ", ".join(missing))
+    return model
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: int, dropout: float, targets: Sequence[str] | None) -> PeftModel:
@@ -264,9 +301,12 @@ def open_finetuned(folder: str | PathLike, attn_implementation: str | None = Non
     if base and (found := checksum_weights(Path(base["folder"]))) != base["sha256"]:
         raise InputError(f"{base['folder']}: expected weights with SHA-256 {base['sha256']}, found {found}")
     encoder = Encoder.open(base["folder"] if base else folder, record["max_length"], record["use_ngrams"])
-    model = load_model(encoder, task, attn_implementation)
+    model = load_model(encoder, task, attn_implementation, may_lack_head=base is not None)
     if base:
-        model = PeftModel.from_pretrained(model, folder)
+        try:
+            model = PeftModel.from_pretrained(model, folder)
+        except _DAMAGE as error:
+            raise InputError(f"{folder}: expected LoRA adapters, found none that can be read: {_say(error)}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return Finetuned(encoder, task, record["is_pair"], model)
 

@@ -114,6 +114,11 @@ def test_adapters_of_another_model_are_refused(model_folder, data, tmp_path):
         (tmp_path / "run" / "final" / "finetune.json").write_text(json.dumps(changed))
         with pytest.raises(InputError, match=message):
             open_finetuned(tmp_path / "run" / "final")
+    (tmp_path / "run" / "final" / "finetune.json").write_text(json.dumps(record))
+    adapters = tmp_path / "run" / "final" / "adapter_model.safetensors"
+    adapters.write_bytes(adapters.read_bytes()[:1000])
+    with pytest.raises(InputError, match="final: expected LoRA adapters, found none that can be read"):
+        open_finetuned(tmp_path / "run" / "final")
 
 
 def regression_row(rng):
