@@ -281,7 +281,7 @@ class Finetuned(NamedTuple):
     model: nn.Module
 
     def predict(self, encoded: Encoded) -> list[np.ndarray]:
-        """Logits of each row in fp32: `[num_labels]`, or per base `[tokens, num_labels]`."""
+        """Logits of each row in fp32: `[num_labels]`, or per base `[tokens, num_labels]`; see `Task.restore`."""
         return predict_logits(self.model, self.encoder, self.task, encoded.input_ids)
 
 
@@ -295,7 +295,7 @@ def open_finetuned(folder: str | PathLike, attn_implementation: str | None = Non
     record = read_json(folder / RECORD_FILE, "a fine-tuned model's record (a folder final/ of dnazen/finetune.py)")
     if record.get("format") != FORMAT:
         raise InputError(f"{folder / RECORD_FILE}: format: expected {FORMAT}, found {record.get('format')!r}")
-    task, base = Task(record["kind"], record["num_labels"]), record["base"]
+    task, base = Task(*(record.get(name) for name in Task._fields)), record["base"]
     if base and not Path(base["folder"]).is_dir():
         raise InputError(f"{folder}: expected the model that its adapters belong to in {base['folder']}, found nothing")
     if base and (found := checksum_weights(Path(base["folder"]))) != base["sha256"]:

@@ -126,6 +126,21 @@ def regression_row(rng):
     return {"sequence": text, "label": f"{text.count('G') / 30:.4f}"}
 
 
+def test_regression_does_not_depend_on_the_unit(model_folder, tmp_path):
+    """Targets a, and 1000 + 100 a: the same correlation, and predictions in the unit of the labels."""
+    plain = write_splits(tmp_path / "plain", regression_row)
+    scaled = write_splits(
+        tmp_path / "scaled", lambda rng: (row := regression_row(rng)) | {"label": 1000 + 100 * float(row["label"])}
+    )
+    one, other = (tune(model_folder, data, tmp_path / f"{data.name}-run", task="regression") for data in (plain, scaled))
+    # labels are fp32: of 1000 + 100 a, six digits after the first
+    assert other["test"]["pearson"] == pytest.approx(one["test"]["pearson"], abs=1e-3)
+    assert other["test"]["mse"] == pytest.approx(1e4 * one["test"]["mse"], rel=1e-2)
+    found, expected = ([float(row["prediction"]) for row in read_rows(tmp_path / f"{name}-run" / "predictions.csv")]
+                       for name in ("scaled", "plain"))  # fmt: skip
+    np.testing.assert_allclose(found, 1000 + 100 * np.array(expected), rtol=0, atol=0.1)
+
+
 def multi_label_row(rng):
     text = random_sequence(rng, 30)
     return {"sequence": text, "label": f"{int(text.count('G') > 7)} {int(text.count('A') > 7)}"}
