@@ -62,7 +62,11 @@ def choose_datasets(folder: Path, chosen: list[str] | None) -> tuple[dict[str, P
         raise InputError(f"--tasks: expected data sets of GUE ({', '.join(DATASETS)}), found {', '.join(unknown)}")
     present, absent = {}, {}
     for name in DATASETS:
-        splits = find_splits(folder / name)
+        try:
+            splits = find_splits(folder / name)
+        except InputError as error:
+            absent[name] = f"unclear: {error}"
+            continue
         missing = [split for split in SPLITS if split not in splits]
         if not missing:
             present[name] = folder / name
