@@ -11,6 +11,7 @@ from xopen import xopen
 from dnazen.files import InputError
 
 logger = logging.getLogger(__name__)
+csv.field_size_limit(1 << 30)  # letters; by default 131,072, fewer than a long sequence has
 
 SPLITS = ("train", "dev", "test")
 # what a run writes beside its model: what it says of the test split, and, last, its figures
@@ -39,8 +40,8 @@ def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
     as unknown.
 
     Raises:
-        InputError: the file is absent or unreadable, lacks a column or has no rows; a row has an empty sequence or no
-            label, or more fields than there are columns.
+        InputError: the file is absent or unreadable, lacks a column or has no rows; a row has an empty sequence, one
+            with white space inside or no label, or more fields than there are columns.
     """
     path = Path(path)
     if not path.is_file():
@@ -65,6 +66,9 @@ def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
                 for name, text in zip(names, texts):
                     if not text:
                         raise InputError(f"{path}: line {reader.line_num}: expected a {name}, found nothing")
+                    if len(text.split()) > 1:
+                        found = "expected letters alone, found white space between them"
+                        raise InputError(f"{path}: line {reader.line_num}: {name}: {found}")
                 if "label" in columns and needs_labels and not row["label"].strip():
                     raise InputError(f"{path}: line {reader.line_num}: expected a label, found nothing")
                 unclear = sum(len(text) - sum(map(text.count, "ACGT")) for text in texts)
