@@ -27,6 +27,7 @@ class Table(NamedTuple):
     labels: list[str] | None  # as written; None: no such column
     lines: list[int]  # the file's line on which each row ends
     num_unclear: int  # letters other than A, C, G, T
+    others: list[dict[str, str]] | None = None  # further columns, as written; None: there are none
 
     @property
     def is_pair(self) -> bool:
@@ -36,7 +37,8 @@ class Table(NamedTuple):
 def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
     """Read a CSV file, plain or compressed: columns `sequence`, or `sequence1` and `sequence2`, and `label`.
 
-    Other columns are left alone. Letters other than A, C, G, T are kept, counted and logged: the tokenizer reads each
+    Other columns are kept as they are. Where labels are not needed, those of a file that has them in some rows alone are
+    such a column too, which is logged. Letters other than A, C, G, T are kept, counted and logged: the tokenizer reads each
     as unknown.
 
     Raises:
@@ -46,7 +48,7 @@ def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a CSV with a column sequence, or sequence1 and sequence2")
-    sequences, labels, lines = [], [], []
+    sequences, labels, lines, others = [], [], [], []
     num_unclear = num_unclear_rows = 0
     try:
         # the mark that spreadsheets put first is no part of a column's name
@@ -76,6 +78,7 @@ def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
                 num_unclear_rows += unclear > 0
                 sequences.append(texts)
                 labels.append(row.get("label", "").strip())
+                others.append({name: value for name, value in row.items() if name not in (*names, "label")})
                 lines.append(reader.line_num)
     except InputError:
         raise
@@ -88,7 +91,14 @@ def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
             "%s: %s letters other than A, C, G, T, in %s of %s rows; each is read as an unknown token",
             path, f"{num_unclear:,}", f"{num_unclear_rows:,}", f"{len(sequences):,}",
         )  # fmt: skip
-    return Table(path, sequences, labels if "label" in columns and all(labels) else None, lines, num_unclear)
+    if "label" in columns and not all(labels):
+        others = [{"label": label, **row} for label, row in zip(labels, others)]
+        if any(labels):
+            found = f"{sum(map(bool, labels)):,} of {len(labels):,}"
+            logger.warning("%s: %s rows have a label; there are metrics only if all have one", path, found)
+        labels = None
+    labels = labels if "label" in columns else None
+    return Table(path, sequences, labels, lines, num_unclear, others if others[0] else None)
 
 
 def find_splits(folder: str | PathLike) -> dict[str, Path]:

@@ -24,7 +24,7 @@ from dnazen.finetune.tasks import PER_BASE, Task
 from dnazen.inference.batches import run_batches
 from dnazen.models import DNAZenForSequenceClassification, DNAZenForTokenClassification
 from dnazen.models.modeling_dnazen import DNAZenPreTrainedModel
-from dnazen.ngram.vocab import NgramVocabulary
+from dnazen.ngram.vocab import NGRAM_FILE, NgramVocabulary
 from dnazen.train.source import fetch_model, load_vocabularies
 
 logger = logging.getLogger(__name__)
@@ -263,9 +263,16 @@ def add_adapters(model: nn.Module, rank: int, alpha: int, dropout: float, target
     return get_peft_model(model, options)
 
 
-def write_record(directory: str | PathLike, encoder: Encoder, task: Task, has_adapters: bool, is_pair: bool) -> None:
-    """Write `finetune.json`: what `open_finetuned` needs to know beside model and tokenizer."""
+def write_record(
+    directory: str | PathLike, encoder: Encoder, task: Task, has_adapters: bool, is_pair: bool, autocast: dict[str, str]
+) -> None:
+    """Write `finetune.json`: what `open_finetuned` needs to know beside model and tokenizer.
+
+    Args:
+        autocast: the `dtype` in which it was evaluated on dev, by type of device.
+    """
     record = {"format": FORMAT, **task._asdict(), "is_pair": is_pair, "max_length": encoder.max_length}
+    record["autocast"] = autocast
     record |= {"use_ngrams": encoder.use_ngrams, "base": None}
     if has_adapters:
         record["base"] = {"folder": str(encoder.folder.resolve()), "sha256": checksum_weights(encoder.folder)}
@@ -279,10 +286,14 @@ class Finetuned(NamedTuple):
     task: Task
     is_pair: bool
     model: nn.Module
+    autocast: dict[str, str]  # see `write_record`
 
     def predict(self, encoded: Encoded) -> list[np.ndarray]:
         """Logits of each row in fp32: `[num_labels]`, or per base `[tokens, num_labels]`; see `Task.restore`."""
-        return predict_logits(self.model, self.encoder, self.task, encoded.input_ids)
+        device = next(self.model.parameters()).device.type
+        dtype = self.autocast.get(device)
+        with torch.autocast(device, getattr(torch, dtype or "bfloat16"), enabled=dtype is not None):
+            return predict_logits(self.model, self.encoder, self.task, encoded.input_ids)
 
 
 def open_finetuned(folder: str | PathLike, attn_implementation: str | None = None) -> Finetuned:
@@ -308,7 +319,7 @@ def open_finetuned(folder: str | PathLike, attn_implementation: str | None = Non
         except _DAMAGE as error:
             raise InputError(f"{folder}: expected LoRA adapters, found none that can be read: {_say(error)}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Finetuned(encoder, task, record["is_pair"], model)
+    return Finetuned(encoder, task, record["is_pair"], model, record.get("autocast", {}))
 
 
 def predict_logits(model: nn.Module, encoder: Encoder, task: Task, input_ids: list[np.ndarray]) -> list[np.ndarray]:
@@ -329,6 +340,7 @@ def list_weights(folder: Path) -> list[Path]:
 
 
 def checksum_weights(folder: Path) -> str:
-    """SHA-256 of a model's configuration and weights."""
-    files = [folder / "config.json", *list_weights(folder)]
-    return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
+    """SHA-256 of a model's configuration, tokenizer, G-grams and weights."""
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", NGRAM_FILE)
+    files = [*(path for name in names if (path := folder / name).is_file()), *list_weights(folder)]
+    return hashlib.sha256("".join(path.name + sha256_file(path) for path in files).encode()).hexdigest()

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer
 from dnazen.files import InputError
 from dnazen.finetune.data import Table
-from dnazen.finetune.model import Encoder, add_adapters, load_model, predict_logits
+from dnazen.finetune.model import Encoder, add_adapters, checksum_weights, load_model, predict_logits
 from dnazen.finetune.tasks import Task
 from dnazen.inference.loading import load_for_inference
 from dnazen.models import DNAZenForMaskedLM, DNAZenForSequenceClassification, DNAZenForTokenClassification
@@ -225,6 +225,16 @@ def test_adapters_sit_on_every_attention_and_the_head_is_trained_whole(model_fol
     assert not any("classifier" in name and "lora_" in name for name in trained)
     with pytest.raises(InputError, match="lora_target_modules: expected names of layers, found nothing"):
         add_adapters(make(model_folder)[1], 4, 8, 0.0, ["nothing"])
+
+
+def test_checksum_is_of_all_that_makes_the_logits(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    found = {checksum_weights(model_folder)}
+    for name in ("config.json", "tokenizer.json", "ngram.json", "model.safetensors"):
+        with open(folder / name, "ab") as file:
+            file.write(b" ")
+        found.add(checksum_weights(folder))
+    assert len(found) == 5
 
 
 def test_token_classification(model_folder, tmp_path):

@@ -139,6 +139,8 @@ def test_report_and_what_it_is_made_of(gue, model_folder, tmp_path, launch):  # 
         assert float(row["test_mcc"]) == pytest.approx(matthews_corrcoef(truth, said))
         assert f"{100 * float(row['test_mcc']):.2f}" in text
     assert f"{paper.mcc_of('Table 2', 'DNAZEN†', 'mouse/2'):.2f}" in text and "no G-grams" in text
+    cut = json.loads((tmp_path / "o" / "jobs" / "small" / "mouse-2" / "seed-0" / "report.json").read_text())
+    assert " / ".join(str(cut["num_truncated"][split]) for split in ("train", "dev", "test")) in text
     assert (tmp_path / "o" / "gue.png").read_bytes().startswith(b"\x89PNG")
 
 
