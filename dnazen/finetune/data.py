@@ -37,9 +37,9 @@ class Table(NamedTuple):
 def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
     """Read a CSV file, plain or compressed: columns `sequence`, or `sequence1` and `sequence2`, and `label`.
 
-    Other columns are kept as they are. Where labels are not needed, those of a file that has them in some rows alone are
-    such a column too, which is logged. Letters other than A, C, G, T are kept, counted and logged: the tokenizer reads each
-    as unknown.
+    Other columns are kept as they are. Where labels are not needed, those of a file that has them in some rows alone
+    are such a column too, which is logged. Letters other than A, C, G, T are kept, counted and logged: the tokenizer
+    reads each as unknown.
 
     Raises:
         InputError: the file is absent or unreadable, lacks a column or has no rows; a row has an empty sequence, one

@@ -108,7 +108,8 @@ def run_gue(
         Whether every job finished.
 
     Raises:
-        InputError: models or numbers cannot be used, or none of the data; a finished job in `output_dir` had other settings.
+        InputError: models or numbers cannot be used, or none of the data; a finished job in `output_dir` had
+            other settings.
     """
     numbers = {"seeds": seeds, "learning-rate": learning_rate, "epochs": epochs, "max-steps": max_steps}
     for name, value in {**numbers, "jobs-per-device": jobs_per_device}.items():

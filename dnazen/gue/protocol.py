@@ -1,8 +1,8 @@
 """GUE's data sets and how each is fine-tuned: DNABERT-2's published protocol.
 
 Source: `finetune/scripts/run_dnabert2.sh` and README of MAGICS-LAB/DNABERT_2, commit 7d569d7: learning rate 3e-5 for
-all; 8 sequences on each of 4 GPUs, "global batch size 32" (virus/covid: 32 on each, 128 a step, which takes 32 here like
-the others); evaluated every 200 or 400 steps.
+all; 8 sequences on each of 4 GPUs, "global batch size 32" (virus/covid: 32 on each, 128 a step, where it has 32 here as
+the others have); evaluated every 200 or 400 steps.
 """
 
 from pathlib import Path

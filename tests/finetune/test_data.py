@@ -31,7 +31,7 @@ def write(tmp_path):
         ("sequence1,label\nACGT,0\n", "found sequence1, label"),
         ("sequence,label\nACGT,0\n,1\n", "line 3: expected a sequence, found nothing"),
         ("sequence1,sequence2,label\nACGT, ,0\n", "line 2: expected a sequence2, found nothing"),
-        ("sequence,label\nACGT,0\nAC GT,0\n", "line 3: sequence: expected letters alone, found white space between them"),
+        ("sequence,label\nACGT,0\nAC GT,0\n", "line 3: sequence: expected letters alone, found white space between"),
         ('sequence,label\n"AC\nGT",0\n', "line 3: sequence: expected letters alone"),
         ("sequence,label\nACGT,\n", "line 2: expected a label, found nothing"),
         ("sequence,label\nACGT\n", "line 2: expected 2 fields, found 1"),

@@ -161,7 +161,9 @@ def test_regression_does_not_depend_on_the_unit(model_folder, tmp_path):
     scaled = write_splits(
         tmp_path / "scaled", lambda rng: (row := regression_row(rng)) | {"label": 1000 + 100 * float(row["label"])}
     )
-    one, other = (tune(model_folder, data, tmp_path / f"{data.name}-run", task="regression") for data in (plain, scaled))
+    one, other = (
+        tune(model_folder, data, tmp_path / f"{data.name}-run", task="regression") for data in (plain, scaled)
+    )
     # labels are fp32: of 1000 + 100 a, six digits after the first
     assert other["test"]["pearson"] == pytest.approx(one["test"]["pearson"], abs=1e-3)
     assert other["test"]["mse"] == pytest.approx(1e4 * one["test"]["mse"], rel=1e-2)
