@@ -24,6 +24,12 @@ REFUSED = {
     "label_smoothing_factor": _UNSUPPORTED,
     "train_sampling_strategy": _UNSUPPORTED,
     "torch_compile": _UNSUPPORTED,
+    "eval_delay": _UNSUPPORTED + ": the best model is kept from the first evaluation on",
+    "bf16_full_eval": "has no effect: evaluation computes as training does",
+    "fp16_full_eval": "has no effect: evaluation computes as training does",
+    "do_train": "has no effect: a run trains",
+    "do_eval": "has no effect: a run evaluates on dev",
+    "do_predict": "has no effect: a run tests if there is a test split; otherwise use `dnazen predict`",
     "fsdp": _UNSUPPORTED + ": use --deepspeed",
     "push_to_hub": _UNSUPPORTED + ": publish final/ with `hf upload`",
 }

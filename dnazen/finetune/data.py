@@ -11,6 +11,7 @@ from xopen import xopen
 from dnazen.files import InputError
 
 logger = logging.getLogger(__name__)
+csv.field_size_limit(1 << 30)  # letters; by default 131,072, fewer than a long sequence has
 
 SPLITS = ("train", "dev", "test")
 # what a run writes beside its model: what it says of the test split, and, last, its figures
@@ -26,6 +27,7 @@ class Table(NamedTuple):
     labels: list[str] | None  # as written; None: no such column
     lines: list[int]  # the file's line on which each row ends
     num_unclear: int  # letters other than A, C, G, T
+    others: list[dict[str, str]] | None = None  # further columns, as written; None: there are none
 
     @property
     def is_pair(self) -> bool:
@@ -35,17 +37,18 @@ class Table(NamedTuple):
 def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
     """Read a CSV file, plain or compressed: columns `sequence`, or `sequence1` and `sequence2`, and `label`.
 
-    Other columns are left alone. Letters other than A, C, G, T are kept, counted and logged: the tokenizer reads each
-    as unknown.
+    Other columns are kept as they are. Where labels are not needed, those of a file that has them in some rows alone
+    are such a column too, which is logged. Letters other than A, C, G, T are kept, counted and logged: the tokenizer
+    reads each as unknown.
 
     Raises:
-        InputError: the file is absent or unreadable, lacks a column or has no rows; a row has an empty sequence or no
-            label, or more fields than there are columns.
+        InputError: the file is absent or unreadable, lacks a column or has no rows; a row has an empty sequence, one
+            with white space inside or no label, or more fields than there are columns.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a CSV with a column sequence, or sequence1 and sequence2")
-    sequences, labels, lines = [], [], []
+    sequences, labels, lines, others = [], [], [], []
     num_unclear = num_unclear_rows = 0
     try:
         # the mark that spreadsheets put first is no part of a column's name
@@ -65,6 +68,9 @@ def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
                 for name, text in zip(names, texts):
                     if not text:
                         raise InputError(f"{path}: line {reader.line_num}: expected a {name}, found nothing")
+                    if len(text.split()) > 1:
+                        found = "expected letters alone, found white space between them"
+                        raise InputError(f"{path}: line {reader.line_num}: {name}: {found}")
                 if "label" in columns and needs_labels and not row["label"].strip():
                     raise InputError(f"{path}: line {reader.line_num}: expected a label, found nothing")
                 unclear = sum(len(text) - sum(map(text.count, "ACGT")) for text in texts)
@@ -72,6 +78,7 @@ def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
                 num_unclear_rows += unclear > 0
                 sequences.append(texts)
                 labels.append(row.get("label", "").strip())
+                others.append({name: value for name, value in row.items() if name not in (*names, "label")})
                 lines.append(reader.line_num)
     except InputError:
         raise
@@ -84,7 +91,14 @@ def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
             "%s: %s letters other than A, C, G, T, in %s of %s rows; each is read as an unknown token",
             path, f"{num_unclear:,}", f"{num_unclear_rows:,}", f"{len(sequences):,}",
         )  # fmt: skip
-    return Table(path, sequences, labels if "label" in columns and all(labels) else None, lines, num_unclear)
+    if "label" in columns and not all(labels):
+        others = [{"label": label, **row} for label, row in zip(labels, others)]
+        if any(labels):
+            found = f"{sum(map(bool, labels)):,} of {len(labels):,}"
+            logger.warning("%s: %s rows have a label; there are metrics only if all have one", path, found)
+        labels = None
+    labels = labels if "label" in columns else None
+    return Table(path, sequences, labels, lines, num_unclear, others if others[0] else None)
 
 
 def find_splits(folder: str | PathLike) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import pickle
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -22,7 +24,7 @@ from dnazen.finetune.tasks import PER_BASE, Task
 from dnazen.inference.batches import run_batches
 from dnazen.models import DNAZenForSequenceClassification, DNAZenForTokenClassification
 from dnazen.models.modeling_dnazen import DNAZenPreTrainedModel
-from dnazen.ngram.vocab import NgramVocabulary
+from dnazen.ngram.vocab import NGRAM_FILE, NgramVocabulary
 from dnazen.train.source import fetch_model, load_vocabularies
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,13 @@ MAX_LENGTH = 512  # tokens; DNAZEN's and DNABERT-2's in pretraining
 LORA_TARGETS = ("Wqkv", "query", "key", "value")
 # parts that start at random and are small: trained and saved whole beside the adapters
 _HEADS = ("classifier", "pooler", "score")
+# what counts its positions from the one after the padding's id
+_POSITIONS_AFTER_PADDING = {
+    "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+# what transformers, safetensors, torch and peft raise for files that are damaged or do not fit each other
+_DAMAGE = (ValueError, KeyError, TypeError, RuntimeError, OSError, ImportError, SafetensorError, pickle.UnpicklingError)
 
 
 class Encoded(NamedTuple):
@@ -74,8 +83,11 @@ class Encoder(NamedTuple):
             vocabulary, longest = vocabulary or NgramVocabulary([], []), None
             use_ngrams = use_ngrams and config.get("use_ngrams", True)  # as it was pretrained
         else:
-            tokenizer, vocabulary = AutoTokenizer.from_pretrained(folder), None
-            longest = min(tokenizer.model_max_length, config.get("max_position_embeddings", MAX_LENGTH))
+            tokenizer, vocabulary = _load_other_tokenizer(folder), None
+            longest = config.get("max_position_embeddings", MAX_LENGTH)
+            if config.get("model_type") in _POSITIONS_AFTER_PADDING:
+                longest -= config.get("pad_token_id", 1) + 1
+            longest = min(tokenizer.model_max_length, longest)
         max_length = min(MAX_LENGTH, longest or MAX_LENGTH) if max_length is None else max_length
         smallest = SPECIAL_TOKENS_PER_SEQUENCE + 1
         if max_length < smallest or (longest and max_length > longest):
@@ -93,7 +105,8 @@ class Encoder(NamedTuple):
         A pair is one sequence with a [SEP] in its middle; what is cut comes off the longer of the two.
 
         Raises:
-            InputError: pairs, or labels per base, for a model that is not ours.
+            InputError: pairs, or labels per base, for a model that is not ours, or one whose tokenizer does not know
+                most of what it reads.
         """
         if not self.is_packed:
             if table.is_pair or task.kind == PER_BASE:
@@ -103,6 +116,7 @@ class Encoder(NamedTuple):
             num_truncated = sum(len(row) > self.max_length for row in self.tokenizer(texts, verbose=False)["input_ids"])
             rows = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
             encoded = Encoded([np.array(row, np.int64) for row in rows], None, num_truncated)
+            self._check_unknown(table, encoded)
         else:
             encoded = self._encode_packed(table, task)
         if encoded.num_truncated:
@@ -111,6 +125,18 @@ class Encoder(NamedTuple):
                 table.path, f"{encoded.num_truncated:,}", f"{len(table.sequences):,}", self.max_length,
             )  # fmt: skip
         return encoded
+
+    def _check_unknown(self, table: Table, encoded: Encoded) -> None:
+        unknown_id = self.tokenizer.unk_token_id
+        special = [token_id for token_id in self.tokenizer.all_special_ids if token_id != unknown_id]
+        tokens = np.concatenate(encoded.input_ids)
+        num_tokens = int((~np.isin(tokens, special)).sum())
+        num_unknown = 0 if unknown_id is None else int((tokens == unknown_id).sum())
+        if 2 * num_unknown >= num_tokens:  # none at all, too
+            raise InputError(
+                f"{self.folder}: expected a tokenizer that knows bases, found one to which {num_unknown:,} of the "
+                f"{num_tokens:,} tokens of {table.path} are unknown; are its files there, and does it cut into k-mers?"
+            )
 
     def _encode_packed(self, table: Table, task: Task) -> Encoded:
         backend = self.tokenizer.backend_tokenizer
@@ -157,6 +183,17 @@ class Encoder(NamedTuple):
             self.vocabulary.save_pretrained(directory, self.tokenizer)
 
 
+def _load_other_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except _DAMAGE as error:
+        raise InputError(f"{folder}: expected a tokenizer, found none that can be read: {_say(error)}") from error
+
+
+def _say(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line), type(error).__name__)
+
+
 def _count_by_token(label: np.ndarray, bases: np.ndarray, num_labels: int) -> np.ndarray:
     """`[bases]` classes to `[tokens, num_labels]` counts; bases of tokens that were cut off are not counted."""
     counts = np.zeros((len(bases), num_labels), np.float32)
@@ -165,23 +202,45 @@ def _count_by_token(label: np.ndarray, bases: np.ndarray, num_labels: int) -> np
     return counts
 
 
-def load_model(encoder: Encoder, task: Task, attn_implementation: str | None = None) -> nn.Module:
+def load_model(
+    encoder: Encoder, task: Task, attn_implementation: str | None = None, may_lack_head: bool = True
+) -> nn.Module:
     """The model with a head for the task, in fp32; a head that the folder does not have starts at random.
 
     Raises:
-        InputError: weights are missing or do not fit (see `StrictLoading.from_pretrained`).
+        InputError: weights are missing or do not fit (see `StrictLoading.from_pretrained`), or cannot be read; the
+            head is missing and may not be.
     """
     options: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": task.problem_type, "dtype": torch.float32}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    model_class = AutoModelForSequenceClassification
-    if encoder.is_packed:
-        model_class = DNAZenForTokenClassification if task.kind == PER_BASE else DNAZenForSequenceClassification
-        options["use_ngrams"] = encoder.use_ngrams
-        if not encoder.vocabulary.ngrams:
-            # no G-gram ever reaches their encoder, which cannot be smaller than this
-            options |= {"ngram_vocab_size": encoder.vocabulary.vocab_size, "num_hidden_ngram_layers": 1}
+    if not encoder.is_packed:
+        return _load_other_model(encoder.folder, options, may_lack_head)
+    model_class = DNAZenForTokenClassification if task.kind == PER_BASE else DNAZenForSequenceClassification
+    options["use_ngrams"] = encoder.use_ngrams
+    if not encoder.vocabulary.ngrams:
+        # no G-gram ever reaches their encoder, which cannot be smaller than this
+        options |= {"ngram_vocab_size": encoder.vocabulary.vocab_size, "num_hidden_ngram_layers": 1}
     return model_class.from_pretrained(encoder.folder, **options)
+
+
+def _load_other_model(folder: Path, options: dict[str, Any], may_lack_head: bool) -> nn.Module:
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **options)
+    except _DAMAGE as error:
+        raise InputError(f"{folder}: expected an encoder that transformers knows, found none: {_say(error)}") from error
+    missing = sorted(info["missing_keys"])
+    is_head = [may_lack_head and not set(_HEADS).isdisjoint(name.split(".")) for name in missing]
+    if not all(is_head):
+        lost = [name for name, is_one in zip(missing, is_head) if not is_one]
+        raise InputError(f"{folder}: expected all weights, {len(lost)} are missing: {_shorten(lost)}")
+    if missing:
+        logger.warning("%s: new, with random weights: %s", folder, ", ".join(missing))
+    return model
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: int, dropout: float, targets: Sequence[str] | None) -> PeftModel:
@@ -204,9 +263,16 @@ def add_adapters(model: nn.Module, rank: int, alpha: int, dropout: float, target
     return get_peft_model(model, options)
 
 
-def write_record(directory: str | PathLike, encoder: Encoder, task: Task, has_adapters: bool, is_pair: bool) -> None:
-    """Write `finetune.json`: what `open_finetuned` needs to know beside model and tokenizer."""
+def write_record(
+    directory: str | PathLike, encoder: Encoder, task: Task, has_adapters: bool, is_pair: bool, autocast: dict[str, str]
+) -> None:
+    """Write `finetune.json`: what `open_finetuned` needs to know beside model and tokenizer.
+
+    Args:
+        autocast: the `dtype` in which it was evaluated on dev, by type of device.
+    """
     record = {"format": FORMAT, **task._asdict(), "is_pair": is_pair, "max_length": encoder.max_length}
+    record["autocast"] = autocast
     record |= {"use_ngrams": encoder.use_ngrams, "base": None}
     if has_adapters:
         record["base"] = {"folder": str(encoder.folder.resolve()), "sha256": checksum_weights(encoder.folder)}
@@ -220,10 +286,14 @@ class Finetuned(NamedTuple):
     task: Task
     is_pair: bool
     model: nn.Module
+    autocast: dict[str, str]  # see `write_record`
 
     def predict(self, encoded: Encoded) -> list[np.ndarray]:
-        """Logits of each row in fp32: `[num_labels]`, or per base `[tokens, num_labels]`."""
-        return predict_logits(self.model, self.encoder, self.task, encoded.input_ids)
+        """Logits of each row in fp32: `[num_labels]`, or per base `[tokens, num_labels]`; see `Task.restore`."""
+        device = next(self.model.parameters()).device.type
+        dtype = self.autocast.get(device)
+        with torch.autocast(device, getattr(torch, dtype or "bfloat16"), enabled=dtype is not None):
+            return predict_logits(self.model, self.encoder, self.task, encoded.input_ids)
 
 
 def open_finetuned(folder: str | PathLike, attn_implementation: str | None = None) -> Finetuned:
@@ -236,17 +306,20 @@ def open_finetuned(folder: str | PathLike, attn_implementation: str | None = Non
     record = read_json(folder / RECORD_FILE, "a fine-tuned model's record (a folder final/ of dnazen/finetune.py)")
     if record.get("format") != FORMAT:
         raise InputError(f"{folder / RECORD_FILE}: format: expected {FORMAT}, found {record.get('format')!r}")
-    task, base = Task(record["kind"], record["num_labels"]), record["base"]
+    task, base = Task(*(record.get(name) for name in Task._fields)), record["base"]
     if base and not Path(base["folder"]).is_dir():
         raise InputError(f"{folder}: expected the model that its adapters belong to in {base['folder']}, found nothing")
     if base and (found := checksum_weights(Path(base["folder"]))) != base["sha256"]:
         raise InputError(f"{base['folder']}: expected weights with SHA-256 {base['sha256']}, found {found}")
     encoder = Encoder.open(base["folder"] if base else folder, record["max_length"], record["use_ngrams"])
-    model = load_model(encoder, task, attn_implementation)
+    model = load_model(encoder, task, attn_implementation, may_lack_head=base is not None)
     if base:
-        model = PeftModel.from_pretrained(model, folder)
+        try:
+            model = PeftModel.from_pretrained(model, folder)
+        except _DAMAGE as error:
+            raise InputError(f"{folder}: expected LoRA adapters, found none that can be read: {_say(error)}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Finetuned(encoder, task, record["is_pair"], model)
+    return Finetuned(encoder, task, record["is_pair"], model, record.get("autocast", {}))
 
 
 def predict_logits(model: nn.Module, encoder: Encoder, task: Task, input_ids: list[np.ndarray]) -> list[np.ndarray]:
@@ -267,6 +340,7 @@ def list_weights(folder: Path) -> list[Path]:
 
 
 def checksum_weights(folder: Path) -> str:
-    """SHA-256 of a model's configuration and weights."""
-    files = [folder / "config.json", *list_weights(folder)]
-    return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
+    """SHA-256 of a model's configuration, tokenizer, G-grams and weights."""
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", NGRAM_FILE)
+    files = [*(path for name in names if (path := folder / name).is_file()), *list_weights(folder)]
+    return hashlib.sha256("".join(path.name + sha256_file(path) for path in files).encode()).hexdigest()

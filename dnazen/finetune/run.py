@@ -104,7 +104,9 @@ def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> N
     train_seconds = time.perf_counter() - started
     if not main_process:
         return
-    write_record(trainer.best_dir, encoder, task, data_args.lora_rank is not None, tables["train"].is_pair)
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
+    autocast = {args.device.type: dtype} if dtype else {}
+    write_record(trainer.best_dir, encoder, task, data_args.lora_rank is not None, tables["train"].is_pair, autocast)
     best = [entry for entry in trainer.state.log_history if entry.get("step") == trainer.state.best_global_step]
     dev = {
         name.removeprefix("eval_"): value for entry in best for name, value in entry.items() if name.startswith("eval_")
@@ -127,7 +129,8 @@ def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> N
         # what is tested is what was written, whole, by this process alone
         unset_hf_deepspeed_config()
         temporary = output_dir / f"{PREDICTIONS_FILE}.tmp"
-        report["test"] = predict_table(open_finetuned(output_dir / "final"), tables["test"], temporary)
+        finetuned = open_finetuned(output_dir / "final", data_args.attn_implementation)
+        report["test"], report["num_truncated"]["test"] = predict_table(finetuned, tables["test"], temporary)
         temporary.rename(output_dir / PREDICTIONS_FILE)
     write_json(output_dir / REPORT_FILE, report)
     for split in ("dev", "test"):

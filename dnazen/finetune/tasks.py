@@ -38,6 +38,9 @@ class Task(NamedTuple):
 
     kind: str
     num_labels: int
+    # of each regression target in training; models are trained on, and give, (target - mean) / deviation
+    means: Sequence[float] | None = None
+    deviations: Sequence[float] | None = None
 
     @classmethod
     def of(cls, kind: str, table: Table) -> "Task":
@@ -47,8 +50,17 @@ class Task(NamedTuple):
             InputError: a label is not of the kind's form, or the classes found are not 0..C-1 with C at least 2.
         """
         labels = parse_labels(kind, table)
-        if kind in (REGRESSION, MULTI_LABEL):
+        if kind == MULTI_LABEL:
             return cls(kind, len(labels[0]))
+        if kind == REGRESSION:
+            for line, label in zip(table.lines, labels):
+                if len(label) != len(labels[0]):
+                    found = f"expected {len(labels[0])} values, found {len(label)}"
+                    raise InputError(f"{table.path}: line {line}: label: {found}")
+            values = np.stack(labels).astype(np.float64)
+            deviations = values.std(0)
+            deviations[deviations == 0] = 1.0  # a constant
+            return cls(kind, values.shape[1], values.mean(0).tolist(), deviations.tolist())
         found = np.unique(np.concatenate(labels) if kind == PER_BASE else np.array(labels)).tolist()
         if len(found) < 2 or found != list(range(len(found))):
             expected = f"0 to {max(found[-1], 1)}, each at least once" if found[-1] < 1000 else "0 to C-1"
@@ -89,7 +101,7 @@ class Task(NamedTuple):
         return torch.from_numpy(np.stack(labels).astype(np.int64 if self.kind == CLASSIFICATION else np.float32))
 
     def loss(self, logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-        """Mean loss in fp32: cross-entropy, mean squared error or binary cross-entropy.
+        """Mean loss in fp32: cross-entropy, mean squared error (of standardised targets) or binary cross-entropy.
 
         Per base, each base has its token's logits; those of special tokens, which have no bases, do not count.
         """
@@ -97,11 +109,17 @@ class Task(NamedTuple):
         if self.kind == CLASSIFICATION:
             return F.cross_entropy(logits, labels, class_weights)
         if self.kind == REGRESSION:
+            if self.means is not None:
+                labels = (labels - labels.new_tensor(self.means)) / labels.new_tensor(self.deviations)
             return F.mse_loss(logits, labels)
         if self.kind == MULTI_LABEL:
             return F.binary_cross_entropy_with_logits(logits, labels)
         weights = labels if class_weights is None else labels * class_weights
         return -(weights * logits.log_softmax(-1)).sum() / weights.sum()
+
+    def restore(self, logits: np.ndarray) -> np.ndarray:
+        """Regression targets as they are labelled, from standardised ones `[..., num_labels]`."""
+        return logits if self.means is None else logits * np.array(self.deviations) + np.array(self.means)
 
     def balanced_weights(self, labels: Sequence[np.ndarray]) -> list[float]:
         """A weight for each class, inverse to its frequency, 1 on average over all labels (as in scikit-learn)."""
@@ -115,6 +133,7 @@ class Task(NamedTuple):
         correlations; `auroc` is left out where a class is absent.
         """
         if self.kind == REGRESSION:
+            logits = self.restore(logits)
             columns = list(zip(labels.T, logits.T))
             return {
                 "pearson": float(np.mean([_correlation(pearsonr, *column) for column in columns])),
@@ -155,7 +174,7 @@ class Task(NamedTuple):
             bases: of each token, per base only; 0 for special tokens.
         """
         if self.kind == REGRESSION:
-            return {"prediction": " ".join(f"{value:.6g}" for value in logits)}
+            return {"prediction": " ".join(f"{value:.6g}" for value in self.restore(logits))}
         if self.kind == PER_BASE:
             return {"prediction": "".join(str(c) * n for c, n in zip(logits.argmax(-1).tolist(), bases.tolist()))}
         is_single = self.kind == CLASSIFICATION

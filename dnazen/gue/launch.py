@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -44,6 +45,11 @@ class Model(NamedTuple):
     folder: Path | None  # None: the k-mer baseline
     use_ngrams: bool
     checksum: str
+
+    @property
+    def job_folder(self) -> str:
+        """Where its jobs lie."""
+        return self.label.replace(", ", "-").replace(" ", "-")
 
 
 class Job(NamedTuple):
@@ -102,7 +108,8 @@ def run_gue(
         Whether every job finished.
 
     Raises:
-        InputError: data, models or numbers cannot be used; a finished job in `output_dir` had other settings.
+        InputError: models or numbers cannot be used, or none of the data; a finished job in `output_dir` had
+            other settings.
     """
     numbers = {"seeds": seeds, "learning-rate": learning_rate, "epochs": epochs, "max-steps": max_steps}
     for name, value in {**numbers, "jobs-per-device": jobs_per_device}.items():
@@ -110,7 +117,8 @@ def run_gue(
             raise InputError(f"--{name}: expected a number above 0, found {value}")
     output_dir = Path(output_dir)
     present, absent = choose_datasets(Path(data), tasks)
-    overlaps = count_all_overlaps(Path(data))
+    overlaps, unreadable = count_all_overlaps(Path(data), present, absent)
+    present = {dataset: folder for dataset, folder in present.items() if dataset in overlaps}
     print("\n".join(describe_data(overlaps, absent)), flush=True)
     rows = list_models(models, no_ngrams)
     jobs = [
@@ -125,7 +133,7 @@ def run_gue(
     waiting = [job for job in jobs if not is_finished(job)]
     if len(waiting) < len(jobs):
         print(f"{len(jobs) - len(waiting):,} of {len(jobs):,} jobs were finished before")
-    failed = run_jobs(waiting, len(jobs), jobs_per_device)
+    failed = {**unreadable, **run_jobs(waiting, len(jobs), jobs_per_device)}
     finished = [job for job in jobs if job.is_done]
     results = [
         {"model": job.model.label, "dataset": job.dataset, "seed": job.seed, "folder": job.output_dir}
@@ -137,21 +145,35 @@ def run_gue(
     return not failed
 
 
-def count_all_overlaps(folder: Path) -> dict[str, dict[str, Overlap]]:
-    """Repeats and leaks of every data set that is there, whole or in part."""
-    found = {dataset: find_splits(folder / dataset) for dataset in PROTOCOLS}
-    return {
-        dataset: count_overlaps({split: read_table(path) for split, path in paths.items()})
-        for dataset, paths in found.items()
-        if paths
-    }
+def count_all_overlaps(
+    folder: Path, present: Iterable[str], absent: dict[str, str]
+) -> tuple[dict[str, dict[str, Overlap]], dict[str, str]]:
+    """Repeats and leaks of the data sets that are run, and of those that cannot be but are there in part.
+
+    Returns:
+        The counts, and what is wrong with the data sets that should be run and cannot be read.
+    """
+    overlaps, unreadable = {}, {}
+    for dataset in (dataset for dataset in PROTOCOLS if dataset in present or dataset in absent):
+        try:
+            tables = {split: read_table(path) for split, path in find_splits(folder / dataset).items()}
+        except InputError as error:
+            if dataset in present:
+                unreadable[dataset] = str(error)
+                print(f"{dataset}: failed, {error}", flush=True)
+            else:
+                logger.warning("%s: not counted: %s", dataset, error)
+            continue
+        if tables:
+            overlaps[dataset] = count_overlaps(tables)
+    return overlaps, unreadable
 
 
 def list_models(names: list[str], no_ngrams: bool) -> list[Model]:
     """The report's rows, each with a label of its own: the folder's name, or of what is above if that is `final`.
 
     Raises:
-        InputError: there is no such model, or it is given twice.
+        InputError: there is no such model, it is given twice, or two have names that cannot be told apart.
     """
     folders = {name: None if name == kmer.NAME else fetch_model(name).resolve() for name in names}
     if len(set(folders.values())) < len(names):
@@ -161,6 +183,8 @@ def list_models(names: list[str], no_ngrams: bool) -> list[Model]:
     parts = {name: [part for part in path.parts if part != "final"] for name, path in named.items()}
     depth = 1
     while len({tuple(path[-depth:]) for path in parts.values()}) < len(parts):
+        if depth > max(map(len, parts.values())):
+            raise InputError(f"--model: expected models that differ beside `final`, found {', '.join(names)}")
         depth += 1
     models = []
     for name, folder in folders.items():
@@ -172,6 +196,11 @@ def list_models(names: list[str], no_ngrams: bool) -> list[Model]:
         sees_ngrams = read_json(folder / "config.json", "a model's configuration").get("use_ngrams", True)
         if no_ngrams and sees_ngrams and (folder / "ngram.json").is_file():
             models.append(Model(f"{label}, no G-grams", folder, False, checksum))
+    job_folders: dict[str, Model] = {}
+    for model in models:
+        if (other := job_folders.setdefault(model.job_folder, model)) is not model:
+            found = f"{other.label} ({other.folder}) and {model.label} ({model.folder})"
+            raise InputError(f"--model: expected a folder of jobs for each, found {model.job_folder} for {found}")
     return models
 
 
@@ -181,8 +210,7 @@ def make_job(
 ) -> Job:  # fmt: skip
     """A job's command; it is evaluated, and warmed up, at least once in a tenth of its steps."""
     data_sha256 = hashlib.sha256("".join(map(sha256_file, find_splits(folder).values())).encode()).hexdigest()
-    label = model.label.replace(", ", "-").replace(" ", "-")
-    job_dir = output_dir / "jobs" / label / dataset.replace("/", "-") / f"seed-{seed}"
+    job_dir = output_dir / "jobs" / model.job_folder / dataset.replace("/", "-") / f"seed-{seed}"
     arguments = ["--data", str(folder.resolve())]
     if model.folder is None:
         return Job(model, dataset, seed, job_dir, ["-m", kmer.__name__, *arguments], data_sha256, 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dnazen.finetune.data import PREDICTIONS_FILE, REPORT_FILE, Overlap, describe_overlap
+from dnazen.finetune.data import PREDICTIONS_FILE, REPORT_FILE, SPLITS, Overlap, describe_overlap
 from dnazen.finetune.tasks import mcc
 from dnazen.gue.paper import AVERAGE_NGRAMS, DATASETS, TABLES, mcc_of
 
@@ -42,7 +42,7 @@ def write_report(
         result |= {f"test_{name}": report["test"][name] for name in ("mcc", "accuracy", "f1")}
         result |= {"dev_mcc": report["dev"]["mcc"], "seconds": report["train_seconds"]}
         result |= {name: report.get(name, "") for name in ("steps", "best_step", "k", "C")}
-        result["cut_short"] = sum(report.get("num_truncated", {}).values())
+        result |= {f"cut_short_{split}": report.get("num_truncated", {}).get(split, 0) for split in SPLITS}
     _write_csv(output_dir / "results.csv", [{k: v for k, v in result.items() if k != "folder"} for result in results])
     density = list(score_by_density(results))
     _write_csv(output_dir / "density.csv", density)
@@ -89,8 +89,11 @@ def format_report(
         if cell:
             by_seed = ", ".join(f"{100 * result['test_mcc']:.2f}" for result in cell)
             spreads = [_spread(cell, name) for name in ("test_accuracy", "test_f1", "dev_mcc")]
-            rows.append([dataset, model, by_seed, *spreads, f"{_mean(cell, 'seconds'):.0f}", _describe_choice(cell)])
-    header = ["data set", "model", "MCC by seed", "accuracy %", "macro F1 %", "dev MCC", "seconds", "best step or k, C"]
+            cut_short = " / ".join(f"{cell[0][f'cut_short_{split}']:,}" for split in SPLITS)
+            seconds = f"{_mean(cell, 'seconds'):.0f}"
+            rows.append([dataset, model, by_seed, *spreads, seconds, cut_short, _describe_choice(cell)])
+    header = ["data set", "model", "MCC by seed", "accuracy %", "macro F1 %", "dev MCC", "seconds",
+              "cut short (train / dev / test)", "best step or k, C"]  # fmt: skip
     lines += [*_table(header, rows), ""]
     if density:
         lines += ["## By number of matched G-grams", "", "Accuracy in percent over the test sequences of all data sets "

@@ -18,6 +18,8 @@ from dnazen.models import DNAZenForMaskedLM
 from dnazen.ngram.vocab import NGRAM_FILE, PAD_NGRAM_ID, NgramVocabulary
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first that a folder has are read
+# beside them: configuration and G-grams, and the tokenizers of other encoders
+_OTHER_FILES = ("*.json", "*.txt", "*.model")
 _EMBEDDINGS = "bert.ngram_embeddings.word_embeddings.weight"
 
 
@@ -103,9 +105,9 @@ def fetch_model(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"{name}: expected a folder, or a model's name on the Hugging Face hub (owner/name)")
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", _WEIGHTS[0]]))
+        folder = Path(snapshot_download(name, allow_patterns=[*_OTHER_FILES, _WEIGHTS[0]]))
         if not list(folder.glob(_WEIGHTS[0])):
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", _WEIGHTS[1]]))
+            folder = Path(snapshot_download(name, allow_patterns=[*_OTHER_FILES, _WEIGHTS[1]]))
     except Exception as error:  # of the network, of the hub, of the name
         reason = str(error).splitlines()[0]
         raise InputError(f"{name}: no such folder, and the Hugging Face hub gave no such model: {reason}") from error

@@ -31,6 +31,8 @@ def write(tmp_path):
         ("sequence1,label\nACGT,0\n", "found sequence1, label"),
         ("sequence,label\nACGT,0\n,1\n", "line 3: expected a sequence, found nothing"),
         ("sequence1,sequence2,label\nACGT, ,0\n", "line 2: expected a sequence2, found nothing"),
+        ("sequence,label\nACGT,0\nAC GT,0\n", "line 3: sequence: expected letters alone, found white space between"),
+        ('sequence,label\n"AC\nGT",0\n', "line 3: sequence: expected letters alone"),
         ("sequence,label\nACGT,\n", "line 2: expected a label, found nothing"),
         ("sequence,label\nACGT\n", "line 2: expected 2 fields, found 1"),
         ("sequence,label\nACGT,0,7\n", "line 2: expected 2 fields, found 3"),
@@ -102,6 +104,10 @@ def test_what_spreadsheets_write_is_read(write, caplog):
     table = read_table(write('\ufeffname,"sequence",label\r\nfirst,acgu,0\r\n"second, or so","ACNNT", 1 \r\n'))
     assert table.sequences == [("ACGT",), ("ACNNT",)] and table.labels == ["0", "1"] and table.num_unclear == 2
     assert "2 letters other than A, C, G, T, in 1 of 2 rows" in caplog.text
+
+
+def test_sequences_longer_than_the_csv_module_expects(write):
+    assert read_table(write(f"sequence,label\n{'ACGT' * 50_000},0\n")).sequences == [("ACGT" * 50_000,)]
 
 
 def test_gzip_and_pairs(tmp_path):

@@ -2,17 +2,19 @@
 
 import json
 import random
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer
 from dnazen.files import InputError
 from dnazen.finetune.data import Table
-from dnazen.finetune.model import Encoder, add_adapters, load_model, predict_logits
+from dnazen.finetune.model import Encoder, add_adapters, checksum_weights, load_model, predict_logits
 from dnazen.finetune.tasks import Task
 from dnazen.inference.loading import load_for_inference
 from dnazen.models import DNAZenForMaskedLM, DNAZenForSequenceClassification, DNAZenForTokenClassification
@@ -160,6 +162,53 @@ def test_other_encoders_are_padded_and_cut_to_their_positions(bert, sequences):
         encoder.encode(table_of(("ACGT", "ACGT")), TASK)
 
 
+def test_tokenizer_that_does_not_know_bases_is_refused(bert, sequences):
+    """Without its files, with words of six bases, and with files that are none."""
+    for file in bert.glob("*token*"):
+        file.unlink()
+    with pytest.raises(InputError, match="expected a tokenizer"):
+        Encoder.open(bert).encode(table_of(*sequences), TASK)
+    (bert / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ACGTAC", "CCCCCC"]))
+    with pytest.raises(InputError, match="64 of the 64 tokens of t.csv are unknown"):
+        Encoder.open(bert).encode(table_of(*sequences), TASK)
+    (bert / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="expected a tokenizer"):
+        Encoder.open(bert).encode(table_of(*sequences), TASK)
+
+
+def test_weights_of_other_encoders_are_all_there_or_refused(bert, caplog):
+    """Every tensor renamed; the file cut; a model of no known type."""
+    make(bert)
+    assert "new, with random weights: classifier.bias, classifier.weight" in caplog.text
+    with pytest.raises(InputError, match="2 are missing: classifier.bias, classifier.weight"):
+        load_model(Encoder.open(bert), TASK, may_lack_head=False)
+    file = bert / "model.safetensors"
+    whole, weights = file.read_bytes(), load_file(file)
+    save_file({f"x.{name}": tensor for name, tensor in weights.items()}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=f"are missing: bert.embeddings.*, .*, {re.escape('...')}$"):
+        make(bert)
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=f"{bert}: expected an encoder that transformers knows, found none: "):
+        make(bert)
+    (bert / "config.json").write_text('{"model_type": "unheard"}')
+    with pytest.raises(InputError, match=f"{bert}: expected a"):
+        make(bert)
+
+
+def test_positions_that_begin_after_the_padding(bert):
+    """RoBERTa's table is longer than its sequences; the longest that is taken runs."""
+    tokenizer = load_tokenizer(bert)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=40, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    RobertaModel(config).save_pretrained(bert)
+    encoder, model = make(bert)
+    assert encoder.max_length == 40 - tokenizer.pad_token_id - 1
+    ids = encoder.encode(table_of(("ACGT" * 50,)), TASK).input_ids
+    assert len(ids[0]) == encoder.max_length and np.isfinite(predict_logits(model, encoder, TASK, ids)).all()
+
+
 def test_adapters_sit_on_every_attention_and_the_head_is_trained_whole(model_folder, bert):
     _, model = make(model_folder)
     adapted = add_adapters(model, 4, 8, 0.0, None)
@@ -176,6 +225,16 @@ def test_adapters_sit_on_every_attention_and_the_head_is_trained_whole(model_fol
     assert not any("classifier" in name and "lora_" in name for name in trained)
     with pytest.raises(InputError, match="lora_target_modules: expected names of layers, found nothing"):
         add_adapters(make(model_folder)[1], 4, 8, 0.0, ["nothing"])
+
+
+def test_checksum_is_of_all_that_makes_the_logits(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    found = {checksum_weights(model_folder)}
+    for name in ("config.json", "tokenizer.json", "ngram.json", "model.safetensors"):
+        with open(folder / name, "ab") as file:
+            file.write(b" ")
+        found.add(checksum_weights(folder))
+    assert len(found) == 5
 
 
 def test_token_classification(model_folder, tmp_path):

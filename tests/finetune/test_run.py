@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from dnazen.files import InputError
 from dnazen.finetune.arguments import FinetuningArguments, FinetuningDataArguments
-from dnazen.finetune.data import read_table
+from dnazen.finetune.data import SPLITS, read_table
 from dnazen.finetune.model import open_finetuned
 from dnazen.finetune.predict import predict
 from dnazen.finetune.run import finetune
@@ -114,11 +114,62 @@ def test_adapters_of_another_model_are_refused(model_folder, data, tmp_path):
         (tmp_path / "run" / "final" / "finetune.json").write_text(json.dumps(changed))
         with pytest.raises(InputError, match=message):
             open_finetuned(tmp_path / "run" / "final")
+    (tmp_path / "run" / "final" / "finetune.json").write_text(json.dumps(record))
+    adapters = tmp_path / "run" / "final" / "adapter_model.safetensors"
+    adapters.write_bytes(adapters.read_bytes()[:1000])
+    with pytest.raises(InputError, match="final: expected LoRA adapters, found none that can be read"):
+        open_finetuned(tmp_path / "run" / "final")
+
+
+def test_dev_and_test_are_computed_alike(model_folder, tmp_path):
+    """Also where training computes in bf16: the same rows have the same figures, and `predict` gives them again."""
+    data = write_splits(tmp_path / "data", regression_row)
+    (data / "test.csv").write_bytes((data / "dev.csv").read_bytes())
+    report = tune(model_folder, data, tmp_path / "run", task="regression", bf16=True, attn_implementation="eager")
+    assert {name: report["dev"][name] for name in report["test"]} == report["test"]
+    _, metrics = predict(tmp_path / "run" / "final", data / "test.csv", tmp_path / "predicted", "eager")
+    assert metrics == report["test"]
+
+
+def test_columns_of_the_input_are_kept(model_folder, data, tmp_path, caplog):
+    """Also labels that some rows do not have, for which there are no metrics; ours win, and both are said."""
+    tune(model_folder, data, tmp_path / "run", max_steps=1)
+    (tmp_path / "in.csv").write_text("name,sequence,label,ngrams\none,ACGTACGT,1,x\ntwo,TTGACCAA,,y\n")
+    _, metrics = predict(tmp_path / "run" / "final", tmp_path / "in.csv", tmp_path / "predicted")
+    rows = read_rows(tmp_path / "predicted" / "predictions.csv")
+    assert metrics == {} and not (tmp_path / "predicted" / "metrics.json").exists()
+    assert [(row["name"], row["sequence"], row["label"]) for row in rows] == [
+        ("one", "ACGTACGT", "1"), ("two", "TTGACCAA", "")
+    ]  # fmt: skip
+    assert all(row["ngrams"].isdigit() and row["prediction"] in "01" for row in rows)
+    assert "1 of 2 rows have a label" in caplog.text and "replaced in the predictions: columns ngrams" in caplog.text
+
+
+def _is_longer(encoder, row, max_length):
+    tokens = [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in row]
+    return sum(map(len, tokens)) + len(tokens) + 1 > max_length
 
 
 def regression_row(rng):
     text = random_sequence(rng, 30)
     return {"sequence": text, "label": f"{text.count('G') / 30:.4f}"}
+
+
+def test_regression_does_not_depend_on_the_unit(model_folder, tmp_path):
+    """Targets a, and 1000 + 100 a: the same correlation, and predictions in the unit of the labels."""
+    plain = write_splits(tmp_path / "plain", regression_row)
+    scaled = write_splits(
+        tmp_path / "scaled", lambda rng: (row := regression_row(rng)) | {"label": 1000 + 100 * float(row["label"])}
+    )
+    one, other = (
+        tune(model_folder, data, tmp_path / f"{data.name}-run", task="regression") for data in (plain, scaled)
+    )
+    # labels are fp32: of 1000 + 100 a, six digits after the first
+    assert other["test"]["pearson"] == pytest.approx(one["test"]["pearson"], abs=1e-3)
+    assert other["test"]["mse"] == pytest.approx(1e4 * one["test"]["mse"], rel=1e-2)
+    found, expected = ([float(row["prediction"]) for row in read_rows(tmp_path / f"{name}-run" / "predictions.csv")]
+                       for name in ("scaled", "plain"))  # fmt: skip
+    np.testing.assert_allclose(found, 1000 + 100 * np.array(expected), rtol=0, atol=0.1)
 
 
 def multi_label_row(rng):
@@ -150,6 +201,9 @@ def test_each_task_trains_and_predicts(model_folder, tmp_path, make_row, task, m
     data = write_splits(tmp_path / "data", make_row)
     report = tune(model_folder, data, tmp_path / "run", task=task, max_length=12)
     assert set(report["test"]) == metrics
+    encoder, read = open_finetuned(tmp_path / "run" / "final").encoder, lambda split: read_table(data / f"{split}.csv")
+    expected = {split: sum(_is_longer(encoder, row, 12) for row in read(split).sequences) for split in SPLITS}
+    assert report["num_truncated"] == expected and expected["test"] > 0
     count, found = predict(tmp_path / "run" / "final", data / "test.csv", tmp_path / "predicted")
     assert count == 24 and found == report["test"]
     rows = read_rows(tmp_path / "predicted" / "predictions.csv")
@@ -189,6 +243,9 @@ def test_pairs_and_single_sequences_are_not_confused(model_folder, data, tmp_pat
         ({"resume_from_checkpoint": "x"}, "--resume_from_checkpoint is not supported"),
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor is not supported"),
         ({"per_device_eval_batch_size": 4}, "evaluation packs by tokens"),
+        ({"eval_delay": 2}, "--eval_delay is not supported"),
+        ({"bf16_full_eval": True}, "--bf16_full_eval has no effect"),
+        ({"do_train": True}, "--do_train has no effect"),
         ({"eval_strategy": "no"}, "--eval_strategy must be epoch or steps"),
         ({"metric_for_best_model": "speed"}, "--metric_for_best_model: expected accuracy, f1, loss, mcc"),
         ({"lora_alpha": 4}, "--lora_alpha needs --lora_rank"),

@@ -114,6 +114,12 @@ def test_labels_of_models(model_folder, tmp_path):  # noqa: F811
     assert [m.label for m in list_models(same, False)] == ["c-x", "d-x"]
     with pytest.raises(InputError, match="expected different models"):
         list_models([names[0], f"{names[0]}/."], False)
+    shutil.copytree(model_folder, tmp_path / "b", dirs_exist_ok=True)
+    with pytest.raises(InputError, match="expected models that differ beside `final`"):
+        list_models([str(tmp_path / "b"), str(tmp_path / "b" / "final")], False)
+    pair = [str(shutil.copytree(model_folder, tmp_path / name)) for name in ("a b", "a-b")]
+    with pytest.raises(InputError, match="expected a folder of jobs for each, found a-b for a b"):
+        list_models(pair, False)
 
 
 # -- the launcher -----------------------------------------------------------------------------------------------------
@@ -133,6 +139,8 @@ def test_report_and_what_it_is_made_of(gue, model_folder, tmp_path, launch):  # 
         assert float(row["test_mcc"]) == pytest.approx(matthews_corrcoef(truth, said))
         assert f"{100 * float(row['test_mcc']):.2f}" in text
     assert f"{paper.mcc_of('Table 2', 'DNAZEN†', 'mouse/2'):.2f}" in text and "no G-grams" in text
+    cut = json.loads((tmp_path / "o" / "jobs" / "small" / "mouse-2" / "seed-0" / "report.json").read_text())
+    assert " / ".join(str(cut["num_truncated"][split]) for split in ("train", "dev", "test")) in text
     assert (tmp_path / "o" / "gue.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -183,6 +191,21 @@ def test_failing_job_does_not_stop_the_others(gue, tmp_path, launch):
     shutil.copy(gue / "mouse" / "2" / "dev.csv", broken / "mouse" / "2" / "dev.csv")
     output = launch(broken, tmp_path / "o", "kmer-lr")
     assert "1 of 2 jobs were finished before" in output and "failed" not in output
+
+
+def test_data_set_that_cannot_be_read_does_not_stop_the_others(gue, tmp_path, launch):
+    """It is listed as failed if it was to be run, and not even read if it was not."""
+    broken = shutil.copytree(gue, tmp_path / "gue")
+    (broken / "mouse" / "2" / "train.csv").write_text("no,columns\n")
+    output = launch(broken, tmp_path / "chosen", "kmer-lr", tasks="prom_core_tata")
+    assert "failed" not in output and "not run, because without train: EMP/H3" in output
+    output = launch(broken, tmp_path / "all", "kmer-lr", expect=1)
+    assert "mouse/2: failed" in output and "kmer-lr prom/prom_core_tata seed 0: test MCC" in output
+    report = (tmp_path / "all" / "report.md").read_text()
+    assert "## Failed jobs" in report and "found no, columns" in report and "| prom/prom_core_tata |" in report
+    (broken / "EMP" / "H3" / "dev.csv.gz").write_bytes(b"")  # beside dev.csv
+    output = launch(broken, tmp_path / "two", "kmer-lr", tasks="prom_core_tata")
+    assert "expected one file for dev, found dev.csv and dev.csv.gz: EMP/H3" in output
 
 
 @pytest.mark.parametrize(

@@ -229,8 +229,8 @@ def test_a_model_of_the_hub(dnabert2, tmp_path, monkeypatch):
     monkeypatch.setattr(source_module, "snapshot_download", download)
     folder = fetch_model("zhihan1996/DNABERT-2-117M")
     assert asked == [
-        ("zhihan1996/DNABERT-2-117M", ["*.json", "*.safetensors"]),
-        ("zhihan1996/DNABERT-2-117M", ["*.json", "pytorch_model*.bin"]),
+        ("zhihan1996/DNABERT-2-117M", ["*.json", "*.txt", "*.model", "*.safetensors"]),
+        ("zhihan1996/DNABERT-2-117M", ["*.json", "*.txt", "*.model", "pytorch_model*.bin"]),
     ]
     assert {file.name for file in folder.iterdir()} == {"config.json", "tokenizer.json", "pytorch_model.bin"}
 
