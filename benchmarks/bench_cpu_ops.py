@@ -3,7 +3,7 @@
     python -m pytest benchmarks/bench_cpu_ops.py
 
 Checks first that both give the same integers, then times both in the same run and prints tokens per second and their
-ratio. The tokens and the vocabulary are yeast's where its genome and DNABERT-2's tokenizer lie beside the project (`shared/data`), else
+ratio. The tokens and the vocabulary are yeast's where its genome and DNABERT-2's tokenizer lie beside the project, else
 made up with yeast's density of G-grams. Fails below the floor of 3 M tokens/s and, for a batch as a GPU takes it, 25
 times plain Python; in a batch of 8,000 tokens the fixed cost of some hundred array operations is half the time.
 """
