@@ -50,7 +50,7 @@ def run(line: str, folder: Path) -> str:
         words += ["--max-steps", "2", "--seeds", "1"]
     if words[0] == "torchrun":
         words[1:1] = ["--master_port", str(free_port())]
-    words = ["small.json" if word == "base" else word for word in words]
+    words = ["small.json" if pair == ("--model", "base") else pair[1] for pair in zip(["", *words], words)]
     result = subprocess.run(
         words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
     )
