@@ -116,6 +116,11 @@ class PretrainingTrainer(Trainer):
         )
         if self._universal:
             self._prepare_universal(checkpoint.path)
+        if self.is_deepspeed_enabled:
+            from deepspeed.runtime.zero.config import ZeroStageEnum
+
+            # early versions of Python 3.11 pickle it by a call of `getattr`, which a checkpoint must not hold
+            ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (type(stage), (stage.value,))
         self._staging: Path | None = None
         self._paused_seconds = 0.0  # time of this logging interval that was not training
         self._logged_at: float | None = None
