@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -186,7 +187,7 @@ def test_checkpoint_that_would_run_code_is_refused(prepared, tmp_path):
     manifest["files"][name] = [file.stat().st_size, sha256_file(file)]
     (tmp_path / "run" / "checkpoint-4" / "checkpoint.json").write_text(json.dumps(manifest))
     output = run(expect=1, **{**arguments, "max_steps": 6}, output_dir=tmp_path / "run").stdout
-    assert f"{file}: reading it would call posix.mkdir" in output and "Traceback" not in output
+    assert re.search(f"{re.escape(str(file))}: reading it would call .*posix.mkdir", output) and "Traceback" not in output
     assert not (tmp_path / "ran").exists()
 
 
