@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dnazen.data.fasta import reverse_complement
 from dnazen.data.tables import read_sequences
-from dnazen.data.workers import map_in_order
+from dnazen.data.workers import cut_blocks, map_in_order
 from dnazen.files import sha256_file
 
 # A sequence is looked for by its first 32 bases, which fill 64 bits; shorter ones would be found by chance.
@@ -209,8 +209,4 @@ def _hash(codes: np.ndarray) -> np.ndarray:
 
 def _iterate_blocks(shards: Sequence[Shard]) -> Iterator[_Block]:
     for number, (_, arrays) in enumerate(shards):
-        offsets, first = arrays["offsets"], 0
-        while first < len(offsets) - 1:
-            end = max(int(np.searchsorted(offsets, offsets[first] + _BLOCK_TOKENS, side="right")) - 1, first + 1)
-            yield _Block(number, first, end)
-            first = end
+        yield from (_Block(number, first, end) for first, end in cut_blocks(arrays["offsets"], _BLOCK_TOKENS))

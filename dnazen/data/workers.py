@@ -12,9 +12,23 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+import numpy as np
+
 from dnazen.files import Interrupted
 
 Job = TypeVar("Job")
+
+
+def cut_blocks(offsets: np.ndarray, max_tokens: int) -> Iterator[tuple[int, int]]:
+    """Yield first and end of runs of whole sequences of at most `max_tokens` tokens; a longer sequence is alone in one.
+
+    `offsets` is int64 `[n + 1]`, where each of n sequences starts.
+    """
+    first = 0
+    while first < len(offsets) - 1:
+        end = max(int(np.searchsorted(offsets, offsets[first] + max_tokens, side="right")) - 1, first + 1)
+        yield first, end
+        first = end
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from dnazen.data.collator import PackedCollator
+from dnazen.data.collator import PackedCollator, move_batch
 from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, pack_by_budget
 
 Key = TypeVar("Key")
@@ -52,8 +52,7 @@ def _run_held(held, collator, compute, device, max_batch_tokens) -> list[tuple[A
     results: list[Any] = [None] * len(sequences)
     fitting = lengths.clip(max=max_batch_tokens - SPECIAL_TOKENS_PER_SEQUENCE)
     for run in pack_by_budget(fitting, lengths.argsort(kind="stable"), max_batch_tokens):
-        batch = collator([sequences[index] for index in run])
-        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        batch = move_batch(collator([sequences[index] for index in run]), device)
         for index, result in zip(run, compute(batch), strict=True):
             results[index] = result
     in_order = iter(results)

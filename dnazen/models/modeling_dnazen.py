@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from dnazen_kernels.ngram_masking import IGNORE_INDEX
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
@@ -38,8 +39,6 @@ from dnazen.layers.fusion import packed_add_norm, padded_add_norm
 from dnazen.layers.padding import PackedBatch, PaddedLayout, batch_without_ngrams, dense_matching_matrix, pack_batch
 from dnazen.models.configuration_dnazen import DNAZenConfig
 from dnazen.models.loading import CLASSIFIER, MLM_HEAD, NGRAM_PART, POOLER, StrictLoading
-
-IGNORE_INDEX = -100
 
 # The arguments of each form of input, without and with G-grams.
 _PACKED = {"input_ids", "cu_seqlens", "max_seqlen"}

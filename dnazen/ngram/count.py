@@ -17,7 +17,7 @@ import torch
 from dnazen_kernels.ngram_matching.table import LENGTH_SHIFT
 from tqdm import tqdm
 
-from dnazen.data.workers import call_forked, fork_pool
+from dnazen.data.workers import call_forked, cut_blocks, fork_pool
 from dnazen.files import InputError
 
 Shard = tuple[np.ndarray, np.ndarray]  # tokens, and the offsets [n + 1] of its sequences
@@ -180,11 +180,7 @@ def _pick_device(name: str, num_workers: int) -> torch.device:
 
 def _iterate_blocks(shards: Sequence[Shard]) -> Iterator[Block]:
     for number, (_, offsets) in enumerate(shards):
-        first = 0
-        while first < len(offsets) - 1:
-            end = int(np.searchsorted(offsets, offsets[first] + BLOCK_TOKENS, side="right")) - 1
-            yield number, first, max(end, first + 1)
-            first = max(end, first + 1)
+        yield from ((number, first, end) for first, end in cut_blocks(offsets, BLOCK_TOKENS))
 
 
 def _load_block(job: _Job, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from dnazen.data.collator import PackedDataset
+from dnazen.data.collator import PackedDataset, move_batch
 from dnazen.data.device import DeviceBatch, measure_capacity
 from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch, MicroBatchSampler, pack_by_budget
 from dnazen.ngram.vocab import NgramVocabulary
@@ -187,19 +187,13 @@ class PretrainingTrainer(Trainer):
             tokens = batch["input_ids"].numel()
             special = SPECIAL_TOKENS_PER_SEQUENCE * (batch["cu_seqlens"].numel() - 1)
             self._interval += [tokens, tokens - special, count, num_dropped]
-            batches.append(self._to_device(batch))
+            batches.append(move_batch(batch, self.args.device))
             masked += count
         return batches, self._sum_over_processes(torch.full((), masked, dtype=torch.int64, device=self.args.device))
 
     def _launch(self, items: Iterable[tuple[Batch, int]]) -> list[DeviceBatch]:
-        impl = self.model.config.impl
-        return [DeviceBatch(self._collator, self._to_device(batch), self.capacity, impl) for batch, _ in items]
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {
-            name: value.to(self.args.device, non_blocking=True) if torch.is_tensor(value) else value
-            for name, value in batch.items()
-        }
+        impl, device = self.model.config.impl, self.args.device
+        return [DeviceBatch(self._collator, move_batch(batch, device), self.capacity, impl) for batch, _ in items]
 
     def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
         if self.args.world_size > 1:
@@ -252,7 +246,7 @@ class PretrainingTrainer(Trainer):
         loader = self._loader(self.eval_dataset, [micro_batches[i] for i in mine])
         self.callback_handler.eval_dataloader = loader  # the progress bar's length
         for index, (batch, _) in enumerate(loader):
-            batch = self._to_device(batch)
+            batch = move_batch(batch, self.args.device)
             outputs = model(**batch, num_items_in_batch=1)
             labels = batch["labels"].index_select(0, batch["masked_positions"])
             correct = outputs.logits.argmax(-1) == labels
