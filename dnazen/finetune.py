@@ -3,8 +3,6 @@
 The work is done in the package of the same name.
 """
 
-import atexit
-import os
 import sys
 from pathlib import Path
 
@@ -12,11 +10,7 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from dnazen.finetune.run import main  # noqa: E402
+from dnazen.train.script import exit_process  # noqa: E402
 
 if __name__ == "__main__":
-    status = main()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # native threads that ZeRO-3 leaves behind abort one in ten teardowns of the interpreter, after all work is done
-    os._exit(status)
+    exit_process(main())

@@ -4,8 +4,6 @@ With no other argument it prepares the packaged *E. coli* 536 genome and trains 
 does the same on other genomes; with `--corpus` and `--ngrams` it trains on what `dnazen corpus` and `dnazen ngrams` wrote.
 """
 
-import atexit
-import os
 import sys
 from pathlib import Path
 
@@ -13,11 +11,7 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from dnazen.train.run import main  # noqa: E402
+from dnazen.train.script import exit_process  # noqa: E402
 
 if __name__ == "__main__":
-    status = main()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # native threads that ZeRO-3 leaves behind abort one in ten teardowns of the interpreter, after all work is done
-    os._exit(status)
+    exit_process(main())

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from dnazen.files import InputError
 from dnazen.finetune.tasks import CLASSIFICATION, KINDS, PER_BASE
+from dnazen.train.script import refuse_flags, require_one_device
 
 _BEST = "has no effect: the model that is best on dev is kept, and nothing else"
 _UNSUPPORTED = "is not supported in fine-tuning"
@@ -113,9 +114,7 @@ class FinetuningArguments(TrainingArguments):
     logging_nan_inf_filter: bool = False
 
     def __post_init__(self):
-        for name, reason in REFUSED.items():
-            if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise InputError(f"--{name} {reason}")
+        refuse_flags(self, REFUSED)
         if self.output_dir is None:
             raise InputError("--output_dir is needed: where the results go")
         if self.eval_strategy not in ("epoch", "steps"):
@@ -123,8 +122,4 @@ class FinetuningArguments(TrainingArguments):
         self.save_strategy = "best"
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()
-        if self.n_gpu > 1:
-            raise InputError(
-                f"one process found {self.n_gpu} GPUs: start one process a GPU with `deepspeed` or "
-                "`torchrun --nproc_per_node`, or choose one with CUDA_VISIBLE_DEVICES=0"
-            )
+        require_one_device(self)

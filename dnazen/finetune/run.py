@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,31 +27,16 @@ from dnazen.finetune.predict import predict_table
 from dnazen.finetune.tasks import REGRESSION, Task
 from dnazen.finetune.trainer import FinetuningTrainer
 from dnazen.train.checkpoint import lock_run
-from dnazen.train.run import leave_process_group
+from dnazen.train.script import parse_arguments, run_script
 
 _RECORDED = ("learning_rate", "num_train_epochs", "max_steps", "warmup_steps", "weight_decay", "seed")
 _LOWER_IS_BETTER = ("loss", "mse")
 
 
 def main() -> int:
-    """Run `dnazen/finetune.py`'s command line; the exit status is 1, with one line on stderr, for unusable input."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        try:
-            data_args, args = HfArgumentParser(
-                (FinetuningDataArguments, FinetuningArguments)
-            ).parse_args_into_dataclasses()
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        finetune(data_args, args)
-    except (InputError, OSError, FloatingPointError) as error:
-        print(f"dnazen: error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        leave_process_group()
-    return 0
+    """Run `dnazen/finetune.py`'s command line; see `run_script`."""
+    parser = HfArgumentParser((FinetuningDataArguments, FinetuningArguments))
+    return run_script(lambda: finetune(*parse_arguments(parser)))
 
 
 def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> None:

@@ -273,6 +273,12 @@ class DNAZenModel(DNAZenPreTrainedModel):
 class DNAZenWithHead(DNAZenPreTrainedModel):
     """What the models with a head share: the encoders, then `head`, which gives loss (or None) and logits."""
 
+    def add_classifier(self, config: DNAZenConfig) -> None:
+        """Drop-out, and a linear layer to `num_labels`."""
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
     @can_return_tuple
     def forward(
         self, input_ids: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
@@ -354,9 +360,7 @@ class DNAZenForSequenceClassification(DNAZenWithHead):
     def __init__(self, config: DNAZenConfig) -> None:
         super().__init__(config)
         self.bert = DNAZenModel(config, add_pooling_layer=True)
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.add_classifier(config)
         self.post_init()
 
     def head(self, outputs, labels, masked_positions, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
@@ -381,9 +385,7 @@ class DNAZenForTokenClassification(DNAZenWithHead):
     def __init__(self, config: DNAZenConfig) -> None:
         super().__init__(config)
         self.bert = DNAZenModel(config)
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.add_classifier(config)
         self.post_init()
 
     def head(self, outputs, labels, masked_positions, num_items_in_batch) -> tuple[Tensor | None, Tensor]:

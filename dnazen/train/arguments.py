@@ -7,6 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from dnazen.files import InputError
+from dnazen.train.script import refuse_flags, require_one_device
 
 # (tokens of a micro-batch, learning rate): what fits 80 GB, and DNABERT-2's rate at its size; tiny suits a CPU
 SIZE_DEFAULTS = {"tiny": (2048, 2e-3), "base": (65536, 5e-4), "large": (32768, 4e-4), "xlarge": (4096, 2e-4)}
@@ -126,9 +127,7 @@ class PretrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        for name, reason in REFUSED.items():
-            if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise InputError(f"--{name} {reason}")
+        refuse_flags(self, REFUSED)
         for name in ("logging_strategy", "eval_strategy", "save_strategy"):
             if getattr(self, name) not in ("no", "steps"):
                 raise InputError(f"--{name} must be no or steps, for the data has no end, got {getattr(self, name)}")
@@ -140,8 +139,4 @@ class PretrainingArguments(TrainingArguments):
             raise InputError(
                 "--torch_compile does not go with ZeRO-3, whose hooks around every layer cannot be compiled: use ZeRO-2"
             )
-        if self.n_gpu > 1:
-            raise InputError(
-                f"one process found {self.n_gpu} GPUs: start one process a GPU with `deepspeed` or "
-                "`torchrun --nproc_per_node`, or choose one with CUDA_VISIBLE_DEVICES=0"
-            )
+        require_one_device(self)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import subprocess
 import sys
 from importlib.metadata import distributions
@@ -25,6 +24,7 @@ from dnazen.train.arguments import SIZE_DEFAULTS, DataArguments, PretrainingArgu
 from dnazen.train.checkpoint import Checkpoint, choose_checkpoint, copy_model, list_differences, lock_run, publish_folder
 from dnazen.train.metrics import Score, baseline_scores, count_tokens, format_scores, plot_loss_curve
 from dnazen.train.prepare import PACKAGED_GENOME, genome_name, prepare_data
+from dnazen.train.script import parse_arguments, run_script
 from dnazen.train.source import Source
 from dnazen.train.trainer import PretrainingTrainer
 
@@ -40,50 +40,32 @@ OPTIMIZER_KEYS = (
 
 
 def main() -> int:
-    """Run `dnazen/pretrain.py`'s command line; the exit status is 1, with one line on stderr, for unusable input."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            HfArgumentParser((DataArguments, PretrainingArguments)).print_help()
-            return 0
-        # Trainer's arguments join the process group, so the data is prepared before they are parsed
-        data_args, rest = HfArgumentParser(DataArguments).parse_args_into_dataclasses(return_remaining_strings=True)
-        HfArgumentParser(PretrainingArguments).parse_args(rest)
-        if data_args.init_from is None:
-            DNAZenConfig.from_size(data_args.model)
-        name = Path(data_args.corpus).resolve().name if data_args.corpus else None
-        if data_args.corpus is None:
-            fasta = data_args.fasta or [str(PACKAGED_GENOME)]
-            name = genome_name(fasta)
-            corpus_dir, ngrams_dir = prepare_data(fasta, Path(data_args.work_dir) / name)
-            data_args.corpus, data_args.ngrams = str(corpus_dir), str(ngrams_dir)
-        max_batch_tokens, learning_rate = SIZE_DEFAULTS.get(data_args.model, SIZE_DEFAULTS["base"])
-        data_args.max_batch_tokens = data_args.max_batch_tokens or max_batch_tokens
-        output_dir = Path(data_args.work_dir) / name / data_args.model_name
-        # what stands later on a command line wins
-        rest = ["--learning_rate", str(learning_rate), "--output_dir", str(output_dir), *rest]
-        try:
-            (training_args,) = HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses(rest)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        pretrain(data_args, training_args)
-    except (InputError, OSError, FloatingPointError) as error:
-        print(f"dnazen: error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        leave_process_group()
-    return 0
+    """Run `dnazen/pretrain.py`'s command line; see `run_script`."""
+    return run_script(_run_command_line)
 
 
-def leave_process_group() -> None:
-    """End communication between processes, and remove what DeepSpeed leaves behind."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    # on a CPU DeepSpeed leaves 69 MB of shared memory behind for each process
-    buffer = "deepspeed_allreduce_buffer_*_{MASTER_ADDR}_{MASTER_PORT}_{RANK}"
-    if {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= os.environ.keys():
-        for path in Path("/dev/shm").glob(buffer.format_map(os.environ)):
-            path.unlink(missing_ok=True)
+def _run_command_line() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        HfArgumentParser((DataArguments, PretrainingArguments)).print_help()
+        return
+    # Trainer's arguments join the process group, so the data is prepared before they are parsed
+    data_args, rest = HfArgumentParser(DataArguments).parse_args_into_dataclasses(return_remaining_strings=True)
+    HfArgumentParser(PretrainingArguments).parse_args(rest)
+    if data_args.init_from is None:
+        DNAZenConfig.from_size(data_args.model)
+    name = Path(data_args.corpus).resolve().name if data_args.corpus else None
+    if data_args.corpus is None:
+        fasta = data_args.fasta or [str(PACKAGED_GENOME)]
+        name = genome_name(fasta)
+        corpus_dir, ngrams_dir = prepare_data(fasta, Path(data_args.work_dir) / name)
+        data_args.corpus, data_args.ngrams = str(corpus_dir), str(ngrams_dir)
+    max_batch_tokens, learning_rate = SIZE_DEFAULTS.get(data_args.model, SIZE_DEFAULTS["base"])
+    data_args.max_batch_tokens = data_args.max_batch_tokens or max_batch_tokens
+    output_dir = Path(data_args.work_dir) / name / data_args.model_name
+    # what stands later on a command line wins
+    rest = ["--learning_rate", str(learning_rate), "--output_dir", str(output_dir), *rest]
+    (training_args,) = parse_arguments(HfArgumentParser(PretrainingArguments), rest)
+    pretrain(data_args, training_args)
 
 
 def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
