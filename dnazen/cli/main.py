@@ -13,7 +13,7 @@ from typing import Any
 
 from dnazen import __version__
 from dnazen.data import shards
-from dnazen.data.tokenizer import MAX_VOCAB_SIZE, build_tokenizer, load_tokenizer
+from dnazen.data.tokenizer import build_tokenizer, load_tokenizer
 from dnazen.files import InputError
 from dnazen.ngram import extract, motifs, parts, stats
 from dnazen.ngram.group import join_group
@@ -85,7 +85,8 @@ def _make_parser() -> argparse.ArgumentParser:
 
     command = add_command("tokenizer", _tokenizer, "train a BPE tokenizer on FASTA files")
     command.add_argument("--fasta", nargs="+", required=True, metavar="FILE", help="FASTA, plain or compressed")
-    command.add_argument("--vocab-size", type=int, default=MAX_VOCAB_SIZE, help="special tokens included (%(default)s)")
+    text = "special tokens included (a token for each 5,000 bases: 256, 512, 1024, 2048 or 4096)"
+    command.add_argument("--vocab-size", type=int, help=text)
 
     command = add_command("corpus", _corpus, "clean and tokenize FASTA files into a corpus on disk")
     group = command.add_mutually_exclusive_group(required=True)
@@ -144,6 +145,12 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--precision", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU")
     command.add_argument("--deepspeed", metavar="JSON", help="run under DeepSpeed with this configuration, as pretraining")
     command.add_argument("--torch-compile", action="store_true", help="compile layers, but not those of the reference")
+
+    command = add_command("evaluate", _evaluate, "measure how well a model predicts hidden tokens, beside counting")
+    command.add_argument("--model", required=True, metavar="NAME", help="folder, or name on the Hugging Face hub")
+    command.add_argument("--corpus", required=True, metavar="DIR", help="what it was trained on, which is counted")
+    text = "genomes to evaluate on (what the corpus holds out)"
+    command.add_argument("--fasta", nargs="+", metavar="FILE", help=text)
 
     command = add_command("export", _export, "write a trained model in the form of the published ones")
     command.add_argument("--model", required=True, metavar="DIR", help="`final/` or `checkpoint-N/` of a training run")
@@ -205,10 +212,11 @@ def _add_ngrams_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokenizer", metavar="DIR", help="folder with tokenizer.json (that of the G-grams)")
 
 
-def _tokenizer(fasta: list[str], output_dir: str, vocab_size: int) -> None:
+def _tokenizer(fasta: list[str], output_dir: str, vocab_size: int | None) -> None:
     tokenizer = build_tokenizer(fasta, output_dir, vocab_size)
     tokens = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens), key=len)
-    print(f"tokens      {len(tokenizer):,} of {vocab_size:,} asked for, special ones included")
+    asked = f" of {vocab_size:,} asked for" if vocab_size else ""
+    print(f"tokens      {len(tokenizer):,}{asked}, special ones included")
     print(f"bases       {sum(map(len, tokens)) / len(tokens):.2f} a token on average, {len(tokens[-1])} at most")
 
 
@@ -283,6 +291,13 @@ def _bench(corpus: str, ngrams: str, output_dir: str, **parameters: Any) -> None
     from dnazen.train.bench import bench, format_bench  # the models take seconds to import
 
     print(format_bench(bench(corpus, ngrams, output_dir, **parameters)))
+
+
+def _evaluate(**parameters: Any) -> None:
+    from dnazen.inference.evaluate import evaluate  # the models take seconds to import
+
+    evaluation, text = evaluate(**parameters)
+    print(evaluation.describe(text))
 
 
 def _export(model: str, output_dir: str) -> None:

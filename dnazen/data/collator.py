@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch
 from dnazen.data.shards import TokenSplit
 from dnazen.ngram.vocab import NgramVocabulary
-from dnazen_kernels.ngram_masking import IGNORE_INDEX, ngram_masking
+from dnazen_kernels.ngram_masking import IGNORE_INDEX, MASK_SHARE, RANDOM_SHARE, ngram_masking
 from dnazen_kernels.ngram_matching import ngram_matching
 
 
@@ -22,11 +22,15 @@ class Masking(NamedTuple):
         mlm_probability: chance of each ordinary token to be drawn.
         whole_ngram: mask all tokens of every G-gram that covers a drawn token; else the drawn tokens alone.
         seed: with the epoch and the sequence, decides every draw.
+        mask_share, random_share: of the masked tokens, how many are shown as [MASK] (hidden), and as a random token; the
+            rest are shown as they are.
     """
 
     mlm_probability: float
     whole_ngram: bool
     seed: int
+    mask_share: float = MASK_SHARE
+    random_share: float = RANDOM_SHARE
 
 
 def masking_uniforms(seed: int, epoch: int, sequence: int, length: int) -> np.ndarray:
@@ -157,6 +161,8 @@ class PackedCollator:
                 mask_token_id=self.mask_token_id,
                 ordinary_ids=self.ordinary_ids,
                 whole_ngram=self.masking.whole_ngram,
+                mask_share=self.masking.mask_share,
+                random_share=self.masking.random_share,
                 impl=impl,
             )
             batch = masked._asdict()

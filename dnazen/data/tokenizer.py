@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
@@ -27,14 +28,25 @@ _BASES = "ACGT"
 _WORD_BASES = 2040
 # Training holds about 60 bytes a base: 2 GB for this many.
 _MAX_TRAINING_BASES = 2**25
+_BASES_PER_VOCABULARY_TOKEN = 5_000
 # As DNABERT-2's longest: otherwise tandem repeats double into tokens of hundreds of bases.
 _MAX_TOKEN_BASES = 32
 
 TOKENIZER_FILE, SOURCES_FILE = "tokenizer.json", "sources.json"
 
 
+def choose_vocab_size(num_bases: int) -> int:
+    """A size of vocabulary for a text of so many bases: the power of two nearest to a token for each 5,000 of them.
+
+    From 256 to 4,096. A token of a short text must still be seen often enough (there, some thousand times) for a model, or
+    for G-grams, to learn what stands beside it.
+    """
+    sizes = [2**exponent for exponent in range(8, 13)]
+    return min(sizes, key=lambda size: abs(math.log(size * _BASES_PER_VOCABULARY_TOKEN / max(num_bases, 1))))
+
+
 def build_tokenizer(
-    fasta_paths: Sequence[str | PathLike], output_dir: str | PathLike, vocab_size: int = MAX_VOCAB_SIZE
+    fasta_paths: Sequence[str | PathLike], output_dir: str | PathLike, vocab_size: int | None = None
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer on FASTA files and write its folder, with a record of the files in `sources.json`.
 
@@ -49,24 +61,26 @@ def build_tokenizer(
     return tokenizer
 
 
-def train_tokenizer(sequences: Iterable[str], vocab_size: int = MAX_VOCAB_SIZE) -> PreTrainedTokenizerFast:
+def train_tokenizer(sequences: Iterable[str], vocab_size: int | None = None) -> PreTrainedTokenizerFast:
     """Train a BPE tokenizer like DNABERT-2's (Zhou et al. 2024, section 3.1) on the runs of A, C, G, T.
 
     Of more than 33 million bases an evenly spaced sample is taken. The same sequences always give the same tokenizer.
-    A short text may give fewer than `vocab_size` tokens; that is logged.
+    A short text may give fewer than `vocab_size` tokens (default: `choose_vocab_size`); that is logged.
 
     Raises:
         InputError: `vocab_size` is below 9 (five special tokens, four bases) or above 4096; there is no sequence.
     """
     smallest = len(SPECIAL_TOKENS) + len(_BASES)
-    if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
+    if vocab_size is not None and not smallest <= vocab_size <= MAX_VOCAB_SIZE:
         raise InputError(
             f"vocab_size: expected {smallest} (special tokens and bases) to {MAX_VOCAB_SIZE} (five must fit one 63-bit "
             f"key), found {vocab_size}"
         )
-    words = _sample_words(sequences)
+    words, num_bases = _sample_words(sequences)
     if not words:
         raise InputError("no A, C, G or T in the sequences to train the tokenizer on")
+    if vocab_size is None:
+        vocab_size = choose_vocab_size(num_bases)
     backend = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"]))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
@@ -155,12 +169,13 @@ def _wrap(backend: Tokenizer, special_tokens: dict[str, str]) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=int(1e30), **special_tokens)
 
 
-def _sample_words(sequences: Iterable[str]) -> list[str]:
-    """Every k-th word of the clean runs, k the smallest power of 2 that keeps their bases within the limit."""
+def _sample_words(sequences: Iterable[str]) -> tuple[list[str], int]:
+    """Every k-th word of the clean runs, k the smallest power of 2 that keeps their bases within the limit; all bases."""
     words: list[str] = []
-    stride, ordinal = 1, 0
+    stride, ordinal, num_bases = 1, 0, 0
     for sequence in sequences:
         for run_start, end in find_clean_runs(sequence):
+            num_bases += end - run_start
             for start in range(run_start, end, _WORD_BASES):
                 if ordinal % stride == 0:
                     words.append(sequence[start : min(start + _WORD_BASES, end)])
@@ -168,4 +183,4 @@ def _sample_words(sequences: Iterable[str]) -> list[str]:
                 if len(words) * _WORD_BASES > _MAX_TRAINING_BASES:
                     words = words[::2]
                     stride *= 2
-    return words
+    return words, num_bases

@@ -1,12 +1,13 @@
 """Embeddings and layers of E4BU and of the G-gram encoder, and the two fused layer by layer.
 
-Every module works on the last dimension alone, so it takes packed `[T, H]` and padded `[B, S, H]` alike; what depends
-on the layout (attention, and the fusion with the LayerNorm before it) is handed in. `config` has DNAZenConfig's fields.
+Every module but the embeddings works on the last dimension alone, so it takes packed `[T, H]` and padded `[B, S, H]` alike;
+what depends on the layout (attention, and the fusion with the LayerNorm before it) is handed in. `config` has DNAZenConfig's fields.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,18 +16,39 @@ from dnazen.layers.fusion import AddNorm, ResidualLayerNorm
 
 
 class Embeddings(nn.Module):
-    """Word embedding plus row 0 of the token types, LayerNorm, dropout."""
+    """Word embedding plus row 0 of the token types, LayerNorm, dropout.
 
-    def __init__(self, config, vocab_size: int) -> None:
+    With `neighbor_window` w, the w words on either side of each are added to it, each through a matrix of its distance. ALiBi
+    (which depends on |i - j|) and the absence of other positions leave a model no other way to tell left from right but by
+    the distance to [CLS] and [SEP].
+    """
+
+    def __init__(self, config, vocab_size: int, neighbor_window: int = 0) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(vocab_size, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.distances = [d for d in range(-neighbor_window, neighbor_window + 1) if d]
+        if self.distances:
+            matrices = (nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in self.distances)
+            self.neighbor_layers = nn.ModuleList(matrices)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        token_type = self.token_type_embeddings(input_ids.new_zeros(1))
-        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + token_type))
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """From `input_ids [T]` of the sequences that `cu_seqlens [B + 1]` delimits to states `[T, H]`."""
+        words = self.word_embeddings(input_ids)
+        states = words + self.token_type_embeddings(input_ids.new_zeros(1))
+        if self.distances:
+            position = torch.arange(len(input_ids), device=input_ids.device)
+            # what lies behind the last sequence counts as its part, and is not used
+            sequence = torch.searchsorted(cu_seqlens[1:-1], position, right=True)
+            start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
+            for distance, layer in zip(self.distances, self.neighbor_layers):
+                neighbor = position + distance
+                is_inside = ((neighbor >= start) & (neighbor < end)).unsqueeze(1)
+                # rolled, not gathered: the backward of a gather adds in no fixed order on a GPU
+                states = states + layer(words.roll(-distance, 0) * is_inside)
+        return self.dropout(self.LayerNorm(states))
 
 
 class ResidualOutput(nn.Module):

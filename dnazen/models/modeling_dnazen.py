@@ -171,7 +171,7 @@ class DNAZenModel(DNAZenPreTrainedModel):
 
     def __init__(self, config: DNAZenConfig, add_pooling_layer: bool = False) -> None:
         super().__init__(config)
-        self.embeddings = Embeddings(config, config.vocab_size)
+        self.embeddings = Embeddings(config, config.vocab_size, config.neighbor_window)
         self.ngram_embeddings = Embeddings(config, config.ngram_vocab_size)
         self.encoder = FusedEncoder(config)
         self.pooler = _pooler(config) if add_pooling_layer else None
@@ -244,8 +244,8 @@ class DNAZenModel(DNAZenPreTrainedModel):
     ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
         slopes = alibi_slopes(self.config.num_attention_heads, batch.input_ids.device)
         return self.encoder(
-            self.embeddings(batch.input_ids),
-            self.ngram_embeddings(batch.ngram_input_ids),
+            self.embeddings(batch.input_ids, batch.cu_seqlens),
+            self.ngram_embeddings(batch.ngram_input_ids, batch.ngram_cu_seqlens),
             packed_attention(attention, batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids), slopes),
             packed_attention(attention, batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids)),
             packed_add_norm(batch, self.config.impl),
@@ -260,8 +260,8 @@ class DNAZenModel(DNAZenPreTrainedModel):
         ngrams = PaddedLayout.from_cu_seqlens(batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids))
         slopes = alibi_slopes(self.config.num_attention_heads, batch.input_ids.device)
         all_hidden_states, attentions, ngram_attentions = self.encoder(
-            self.embeddings(tokens.pad(batch.input_ids)),
-            self.ngram_embeddings(ngrams.pad(batch.ngram_input_ids)),
+            tokens.pad(self.embeddings(batch.input_ids, batch.cu_seqlens)),
+            ngrams.pad(self.ngram_embeddings(batch.ngram_input_ids, batch.ngram_cu_seqlens)),
             padded_attention(batch.cu_seqlens, batch.max_seqlen, slopes),
             padded_attention(batch.ngram_cu_seqlens, batch.max_ngrams),
             padded_add_norm(dense_matching_matrix(batch, tokens, ngrams)),

@@ -1,16 +1,37 @@
 """Arguments of pretraining: ours, and Hugging Face's `TrainingArguments` with defaults that suit it."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from dnazen_kernels.ngram_masking import MASK_SHARE
 from transformers import TrainingArguments
 
 from dnazen.files import InputError
 from dnazen.train.script import refuse_flags, require_one_device
 
-# (tokens of a micro-batch, learning rate): what fits 80 GB, and DNABERT-2's rate at its size; tiny suits a CPU
-SIZE_DEFAULTS = {"tiny": (2048, 2e-3), "base": (65536, 5e-4), "large": (32768, 4e-4), "xlarge": (4096, 2e-4)}
+
+class Recipe(NamedTuple):
+    """How a model of some size is trained unless its flags say otherwise; the defaults are the paper's."""
+
+    max_batch_tokens: int  # what fits 80 GB
+    learning_rate: float  # DNABERT-2's at its size
+    mlm_probability: float = 0.15
+    mask_share: float = MASK_SHARE
+    whole_ngram_masking: bool = True
+    start: str = "random"
+    residual_learning_rate: float = 1.0
+
+
+RECIPES = {
+    # for minutes on a CPU, on a genome; measured in benchmarks/learning.md
+    "tiny": Recipe(2048, 3e-3, 0.4, 1.0, False, "data", 0.1),
+    "base": Recipe(65536, 5e-4),
+    "large": Recipe(32768, 4e-4),
+    "xlarge": Recipe(4096, 2e-4),
+}
 
 _PACKED = "has no effect: batches are packed by tokens; use --max_batch_tokens"
 _ORDER = "has no effect: the order of the data depends on --seed alone"
@@ -57,7 +78,16 @@ class DataArguments:
     max_batch_tokens: int | None = field(
         default=None, metadata={"help": "tokens of a micro-batch on one device; default: by model size"}
     )
-    mlm_probability: float = field(default=0.15, metadata={"help": "chance of a token to be drawn for masking"})
+    mlm_probability: float | None = field(
+        default=None, metadata={"help": "chance of a token to be drawn for masking; default: 0.15, 0.4 for tiny"}
+    )
+    mask_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "of the masked tokens, how many are hidden; half of the others become random tokens, half stay as they "
+            "are; default: 0.8, 1 for tiny"
+        },
+    )
     mask_target: str = field(
         default="drawn",
         metadata={
@@ -65,7 +95,25 @@ class DataArguments:
             "help": "what --mlm_probability is the rate of: tokens drawn (as in the paper), or tokens masked in the end",
         },
     )
-    whole_ngram_masking: bool = field(default=True, metadata={"help": "mask whole G-grams, not tokens alone"})
+    whole_ngram_masking: bool | None = field(
+        default=None, metadata={"help": "mask whole G-grams, not tokens alone; default: True, False for tiny"}
+    )
+    start: str | None = field(
+        default=None,
+        metadata={
+            "choices": ["random", "data"],
+            "help": "what the weights of a new model begin as: random numbers, or functions of the data (embeddings of "
+            "tokens by their bases, of G-grams by their tokens, the decoder's bias by frequency); default: random, data "
+            "for tiny",
+        },
+    )
+    residual_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "rate of the ways out of attention and feed-forward, as a share of --learning_rate; default: 1, 0.1 "
+            "for tiny"
+        },
+    )
     use_ngrams: bool = field(default=True, metadata={"help": "let the model see the G-grams"})
     max_ngrams: int | None = field(default=None, metadata={"help": "most G-grams of a sequence; default: no limit"})
     impl: str = field(
@@ -87,10 +135,20 @@ class DataArguments:
                 raise InputError("--init_from brings the model's configuration; it does not go with --model")
             if self.corpus is None:
                 raise InputError("--init_from needs --corpus, made with that model's tokenizer, and --ngrams")
+            if self.start is not None:
+                raise InputError("--init_from brings the model's weights; it does not go with --start")
+            self.start = "random"
         elif self.model is None:
             self.model = "tiny"
+        for name, default in RECIPES.get(self.model, RECIPES["base"])._asdict().items():
+            if getattr(self, name, default) is None:
+                setattr(self, name, default)
         if not 0 < self.mlm_probability < 1:
             raise InputError(f"--mlm_probability must lie between 0 and 1, got {self.mlm_probability}")
+        if not 0 < self.mask_share <= 1:
+            raise InputError(f"--mask_share must be above 0 and at most 1, got {self.mask_share}")
+        if not 0 < self.residual_learning_rate < math.inf:
+            raise InputError(f"--residual_learning_rate must be above 0, got {self.residual_learning_rate}")
         for name in ("max_batch_tokens", "max_ngrams"):
             value = getattr(self, name)
             if value is not None and value < 1:

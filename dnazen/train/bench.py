@@ -38,7 +38,7 @@ def training_flops(config: DNAZenConfig, lengths: np.ndarray, ngram_lengths: np.
 
     A multiply-add counts 2, the backward twice the forward. Per token E4BU owes `4 H^2 + 3 H F` multiply-adds in a layer
     and, in attention, `2 H n` where n is the length of its sequence; the G-gram encoder `4 H^2 + 2 H F` per G-gram and as
-    much attention; the head `H^2 + H V` per masked token. Nothing is owed to padding, nor for embeddings, norms, the
+    much attention; `2 w H^2` per token if w neighbors on either side enter its embedding; the head `H^2 + H V` per masked token. Nothing is owed to padding, nor for embeddings, norms, the
     fusion or what is computed twice.
 
     Args:
@@ -51,7 +51,8 @@ def training_flops(config: DNAZenConfig, lengths: np.ndarray, ngram_lengths: np.
     token = (4 * hidden**2 + 3 * hidden * feed_forward) * lengths.sum() + 2 * hidden * (lengths**2).sum()
     ngram = (4 * hidden**2 + 2 * hidden * feed_forward) * ngram_lengths.sum() + 2 * hidden * (ngram_lengths**2).sum()
     head = (hidden**2 + hidden * config.vocab_size) * num_masked
-    return float(6 * (config.num_hidden_layers * token + config.num_hidden_ngram_layers * ngram + head))
+    neighbors = 2 * config.neighbor_window * hidden**2 * lengths.sum()
+    return float(6 * (neighbors + config.num_hidden_layers * token + config.num_hidden_ngram_layers * ngram + head))
 
 
 class FixedLength(Dataset):

@@ -16,6 +16,7 @@ from dnazen.files import InputError, read_json
 from dnazen.ngram import extract
 
 PACKAGED_GENOME = Path(dnazen.data.__file__).parent / "genomes" / "ecoli536_NC_008253.fna.gz"
+_VALIDATION_FRACTION = 0.05  # enough of a small genome for intervals that mean something
 BEAT_SECONDS, PATIENCE_SECONDS = 5.0, 600.0
 _FAILED = "failed: "
 
@@ -67,7 +68,10 @@ def _prepare_corpus(fasta: list[str], tokenizer_dir: Path, corpus_dir: Path) -> 
         check(tokenizer_dir, read_json(tokenizer_dir / SOURCES_FILE, "the record of a tokenizer's training")["sources"])
         started = time.perf_counter()
         print("Cleaning and tokenizing", flush=True)
-        print(shards.summarize(shards.build_corpus(fasta, load_tokenizer(tokenizer_dir), corpus_dir)), flush=True)
+        manifest = shards.build_corpus(
+            fasta, load_tokenizer(tokenizer_dir), corpus_dir, validation_fraction=_VALIDATION_FRACTION
+        )
+        print(shards.summarize(manifest), flush=True)
         print(f"  {time.perf_counter() - started:.1f} s", flush=True)
     corpus = shards.Corpus.open(corpus_dir)
     check(corpus_dir, corpus.manifest["sources"])

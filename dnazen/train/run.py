@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,16 @@ from dnazen.data.shards import Corpus
 from dnazen.files import InputError, write_json
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.ngram.vocab import NgramVocabulary, load_ngrams
-from dnazen.train.arguments import SIZE_DEFAULTS, DataArguments, PretrainingArguments
+from dnazen.train.arguments import RECIPES, DataArguments, PretrainingArguments
 from dnazen.train.checkpoint import Checkpoint, choose_checkpoint, copy_model, list_differences, lock_run, publish_folder
-from dnazen.train.metrics import Score, baseline_scores, count_tokens, format_scores, plot_loss_curve
+from dnazen.train.evaluation import HELD_OUT_MASKING, evaluate_split, evaluation_record
+from dnazen.train.metrics import plot_loss_curve
 from dnazen.train.prepare import PACKAGED_GENOME, genome_name, prepare_data
 from dnazen.train.script import parse_arguments, run_script
 from dnazen.train.source import Source
+from dnazen.train.start import start_from_data
 from dnazen.train.trainer import PretrainingTrainer
 
-# the held-out part is masked the same way in every run: plain 15 % of tokens
-HELD_OUT_MASKING = Masking(mlm_probability=0.15, whole_ngram=False, seed=0)
 # what a checkpoint's configuration may differ in from the run that resumes it
 RUNTIME_KEYS = ("impl", "attn_implementation", "transformers_version", "dtype", "architectures", "_name_or_path")
 # a resumed optimizer keeps the values it was saved with, so others are refused rather than ignored
@@ -59,8 +60,7 @@ def _run_command_line() -> None:
         name = genome_name(fasta)
         corpus_dir, ngrams_dir = prepare_data(fasta, Path(data_args.work_dir) / name)
         data_args.corpus, data_args.ngrams = str(corpus_dir), str(ngrams_dir)
-    max_batch_tokens, learning_rate = SIZE_DEFAULTS.get(data_args.model, SIZE_DEFAULTS["base"])
-    data_args.max_batch_tokens = data_args.max_batch_tokens or max_batch_tokens
+    learning_rate = RECIPES.get(data_args.model, RECIPES["base"]).learning_rate
     output_dir = Path(data_args.work_dir) / name / data_args.model_name
     # what stands later on a command line wins
     rest = ["--learning_rate", str(learning_rate), "--output_dir", str(output_dir), *rest]
@@ -98,6 +98,8 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
     resume = None if args.resume_from_checkpoint in ("True", "true", "last", "latest") else args.resume_from_checkpoint
     (checkpoint,) = broadcast_object_list([choose_checkpoint(output_dir, resume) if main_process else None])
     model = DNAZenForMaskedLM(config)
+    if data_args.start == "data" and checkpoint is None:
+        start_from_data(model, corpus, vocabulary, args.seed)
     if source is not None and checkpoint is None:
         started = source.load_weights(model, vocabulary, args.deepspeed and args.hf_deepspeed_config)
         if main_process:
@@ -110,6 +112,7 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
         eval_dataset=eval_dataset,
         vocabulary=vocabulary,
         max_batch_tokens=data_args.max_batch_tokens,
+        residual_learning_rate=data_args.residual_learning_rate,
         checkpoint=checkpoint,
         agreement=build_agreement(data_args, args, corpus, vocabulary, masking, config, source),
     )
@@ -131,7 +134,7 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
     if main_process:
         copy_model(last, output_dir / ".final.tmp")
         publish_folder(output_dir / ".final.tmp", output_dir / "final")
-        report(trainer, evaluated[-1], corpus, data_args.model_name)
+        report(trainer, corpus, vocabulary, data_args.model_name)
         print(f"model: {output_dir / 'final'}\nnewest checkpoint: {last}\nloss curve: {output_dir / 'loss_curve.png'}")
 
 
@@ -155,6 +158,8 @@ def build_agreement(
         "max_batch_tokens": data_args.max_batch_tokens,
         "seed": args.seed,
         "init_from": source and source.checksum,
+        "start": data_args.start,
+        "residual_learning_rate": data_args.residual_learning_rate,
         "model": {key: value for key, value in config.to_diff_dict().items() if key not in RUNTIME_KEYS},
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "engine": f"DeepSpeed ZeRO-{deepspeed.get_value('zero_optimization.stage', 0)}" if deepspeed else "PyTorch",
@@ -167,7 +172,8 @@ def build_datasets(
     data_args: DataArguments, seed: int, corpus: Corpus, vocabulary: NgramVocabulary
 ) -> tuple[PackedDataset, PackedDataset, Masking]:
     """Training and held-out split, packed and masked, and the masking that training uses."""
-    masking = Masking(data_args.mlm_probability, data_args.whole_ngram_masking, seed)
+    shares = data_args.mask_share, (1 - data_args.mask_share) / 2
+    masking = Masking(data_args.mlm_probability, data_args.whole_ngram_masking, seed, *shares)
     collator = PackedCollator(corpus.tokenizer, vocabulary, masking, data_args.use_ngrams)
     train_dataset = PackedDataset(corpus.train, collator)
     if data_args.mask_target == "effective":
@@ -236,7 +242,10 @@ def describe(
         f"data: {corpus.train.num_tokens:,} tokens in {len(corpus.train):,} sequences, "
         f"{len(corpus.validation):,} held out; {len(vocabulary.ngrams):,} G-grams",
         f"masking: {'whole G-grams' if masking.whole_ngram else 'single tokens'}, "
-        f"{100 * masking.mlm_probability:.1f} % of tokens drawn",
+        f"{100 * masking.mlm_probability:.1f} % of tokens drawn, {100 * masking.mask_share:.0f} % of the masked hidden",
+        f"weights begin {'as functions of the data' if data_args.start == 'data' else 'at random'}"
+        if data_args.init_from is None
+        else f"weights of {data_args.init_from}",
         f"steps: {args.max_steps:,}, each {trainer.micro_batches_per_step} micro-batch(es) of up to "
         f"{data_args.max_batch_tokens:,} tokens",
         f"output: {args.output_dir}" + (f", resuming from {checkpoint.path.name}" if checkpoint else ""),
@@ -247,21 +256,18 @@ def describe(
     return "\n".join(lines)
 
 
-def report(trainer: PretrainingTrainer, metrics: dict[str, float], corpus: Corpus, model_name: str) -> None:
-    """Print and write what came out: scores beside baselines, speed, mask rate, files."""
+def report(trainer: PretrainingTrainer, corpus: Corpus, vocabulary: NgramVocabulary, model_name: str) -> None:
+    """Evaluate `final/`; print and write what came out: scores beside baselines, speed, mask rate, files."""
     output_dir = Path(trainer.args.output_dir)
-    tokenizer = corpus.tokenizer
-    unigrams, pairs = count_tokens(corpus.train, len(tokenizer))
-    batches = (trainer.eval_dataset[micro_batch][0] for micro_batch in trainer.eval_micro_batches)
-    baselines = baseline_scores(unigrams, pairs, batches, tokenizer.all_special_ids)
-    name = f"DNAZEN {model_name}"
-    scores = {name: Score(metrics["eval_loss"], metrics["eval_accuracy"]), **baselines}
-    plot_loss_curve(output_dir / "loss_curve.png", trainer.state.log_history, baselines, name)
+    started = time.perf_counter()
+    model = DNAZenForMaskedLM.from_pretrained(output_dir / "final", dtype=torch.float32).to(trainer.args.device).eval()
+    name, text = f"DNAZEN {model_name}", "held-out sequences"
+    evaluation = evaluate_split(name, model, corpus.tokenizer, vocabulary, corpus.train, corpus.validation)
+    plot_loss_curve(output_dir / "loss_curve.png", trainer.state.log_history, evaluation.comparison)
     tokens, ordinary, masked, dropped = trainer.totals.tolist()
     summary: dict[str, Any] = {
-        "step": metrics["step"],
-        "held_out": {row: score._asdict() for row, score in scores.items()},
-        "held_out_masked_tokens": metrics["eval_masked_tokens"],
+        "step": trainer.state.global_step,
+        "held_out": evaluation_record(evaluation, text),
         "trained_tokens": tokens,
         "train_seconds": trainer.train_seconds,
         "tokens_per_second": tokens / trainer.train_seconds,
@@ -269,7 +275,7 @@ def report(trainer: PretrainingTrainer, metrics: dict[str, float], corpus: Corpu
         "ngrams_cut": dropped,
     }
     write_json(output_dir / "report.json", summary)
-    held_out = f"{len(corpus.validation):,} held-out sequences ({metrics['eval_masked_tokens']:,} tokens)"
-    print("\n" + format_scores(scores, held_out))
+    print("\n" + evaluation.describe(text))
     print(f"trained on {tokens:,} tokens in {trainer.train_seconds:.0f} s: {tokens / trainer.train_seconds:,.0f} tokens/s")
     print(f"effective mask rate {100 * masked / ordinary:.1f} %" + (f", {dropped:,} G-grams cut" if dropped else ""))
+    print(f"evaluated in {time.perf_counter() - started:.0f} s")

@@ -14,12 +14,14 @@ from dnazen_kernels._runtime import resolve_impl
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_outputs import MaskedLMOutput
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from dnazen.data.collator import PackedDataset, move_batch
 from dnazen.data.device import DeviceBatch, measure_capacity
-from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch, MicroBatchSampler, pack_by_budget
+from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch, MicroBatchSampler
 from dnazen.ngram.vocab import NgramVocabulary
+from dnazen.train.baselines import Spelling
 from dnazen.train.checkpoint import (
     FORMAT,
     Checkpoint,
@@ -28,6 +30,8 @@ from dnazen.train.checkpoint import (
     rotate_checkpoints,
     seal_checkpoint,
 )
+from dnazen.train.evaluation import choose_sequences, evaluation_batches, score_logits
+from dnazen.train.start import is_residual_output
 
 Batch = dict[str, torch.Tensor | int]
 CAPACITY_BATCHES = 64  # of the first epoch, on which the room in a batch made on a device is measured
@@ -58,6 +62,7 @@ class PretrainingTrainer(Trainer):
         train_dataset, eval_dataset: packed splits; the evaluation's masking never changes.
         vocabulary: saved beside the weights.
         max_batch_tokens: token budget of a micro-batch.
+        residual_learning_rate: of the ways out of the sub-layers, as a share of `args.learning_rate`.
         agreement: what a run and the checkpoint it resumes from must have in common; JSON values.
         checkpoint: the one to resume from, or None.
         **kwargs: Trainer's own arguments.
@@ -71,11 +76,13 @@ class PretrainingTrainer(Trainer):
         eval_dataset: PackedDataset,
         vocabulary: NgramVocabulary,
         max_batch_tokens: int,
+        residual_learning_rate: float,
         agreement: dict[str, Any],
         checkpoint: Checkpoint | None = None,
         **kwargs,
     ):
         self.resumed_step = self.resumed_position = 0
+        self.residual_learning_rate = residual_learning_rate
         self.totals = np.zeros(4, dtype=np.int64)  # tokens, ordinary tokens, masked tokens, G-grams cut by the cap
         self.train_seconds = 0.0
         if checkpoint is not None:
@@ -104,9 +111,11 @@ class PretrainingTrainer(Trainer):
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             self.model.compile_layers(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.vocabulary, self.agreement = vocabulary, agreement
-        lengths = eval_dataset.split.lengths
-        runs = pack_by_budget(lengths, np.arange(len(lengths)), max_batch_tokens)
-        self.eval_micro_batches = [MicroBatch(0, run) for run in runs]  # the held-out split in its own order
+        sequences, _ = choose_sequences(eval_dataset.split)
+        self.eval_micro_batches = evaluation_batches(eval_dataset.split, sequences, max_batch_tokens, num_maskings=1)
+        self._token_bases = torch.from_numpy(Spelling(self.processing_class).lengths).to(args.device)
+        # loss and number of the hidden targets of this process since the last log
+        self._hidden = torch.zeros(2, dtype=torch.float64, device=args.device)
         self.add_callback(FinishWhole())
         self._universal = (
             self.is_deepspeed_enabled
@@ -207,11 +216,21 @@ class PretrainingTrainer(Trainer):
     ) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns `world_size` times its share of the step's loss."""
         model.train()
-        loss = model(**self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch).loss
+        outputs = model(**self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        loss = outputs.loss
+        self._count_hidden(inputs, outputs)
         # gradients and logged losses are averaged over processes, but the shares must be summed
         loss = loss * self.args.world_size
         self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
         return loss.detach()
+
+    @torch.no_grad()
+    def _count_hidden(self, inputs: Batch, outputs: MaskedLMOutput) -> None:
+        """Add to the loss of hidden targets: those shown as they are, or as another token, tell nothing of prediction."""
+        positions = inputs["masked_positions"]
+        hidden = inputs["input_ids"].index_select(0, positions) == self.processing_class.mask_token_id
+        losses, _ = score_logits(outputs.logits, inputs["labels"].index_select(0, positions))
+        self._hidden += torch.stack([(losses * hidden).sum(), hidden.sum()])
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None) -> float:
         """The gradient's norm before clipping.
@@ -233,7 +252,7 @@ class PretrainingTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss (nats) and accuracy over all masked tokens of the held-out split, the same masking every time."""
+        """Loss (nats), accuracy and bits per base of held-out tokens, all of them hidden; the same ones every time."""
         started = time.perf_counter()
         model = self.model_wrapped
         model.eval()
@@ -242,21 +261,22 @@ class PretrainingTrainer(Trainer):
         rounds = math.ceil(len(micro_batches) / world_size)
         # processes without a micro-batch in the last round repeat one and count nothing: ZeRO-3 needs them in step
         mine = [min(index * world_size + rank, len(micro_batches) - 1) for index in range(rounds)]
-        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         loader = self._loader(self.eval_dataset, [micro_batches[i] for i in mine])
         self.callback_handler.eval_dataloader = loader  # the progress bar's length
         for index, (batch, _) in enumerate(loader):
             batch = move_batch(batch, self.args.device)
-            outputs = model(**batch, num_items_in_batch=1)
             labels = batch["labels"].index_select(0, batch["masked_positions"])
-            correct = outputs.logits.argmax(-1) == labels
+            losses, correct = score_logits(model(**batch).logits, labels)
             counts = index * world_size + rank < len(micro_batches)
-            totals += counts * torch.stack([outputs.loss.double(), correct.sum(), torch.ones_like(labels).sum()])
+            bases = self._token_bases.index_select(0, labels)
+            totals += counts * torch.stack([losses.sum(), correct.sum(), torch.ones_like(labels).sum(), bases.sum()])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        loss, correct, masked = self._sum_over_processes(totals).tolist()
+        loss, correct, masked, bases = self._sum_over_processes(totals).tolist()
         metrics = {
             f"{metric_key_prefix}_loss": loss / max(masked, 1),
             f"{metric_key_prefix}_accuracy": correct / max(masked, 1),
+            f"{metric_key_prefix}_bits_per_base": loss / math.log(2) / max(bases, 1),
             f"{metric_key_prefix}_masked_tokens": int(masked),
         }
         self.log(dict(metrics))
@@ -267,7 +287,7 @@ class PretrainingTrainer(Trainer):
     # -- logs ---------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the data epoch and, to training logs, unpadded tokens/s of all processes and the effective mask rate."""
+        """Adds the data epoch and, to training logs, the loss of hidden targets, unpadded tokens/s and the mask rate."""
         self.state.epoch = self.sampler.epoch_at(self.position())
         if "loss" in logs:
             now = time.perf_counter()
@@ -275,6 +295,9 @@ class PretrainingTrainer(Trainer):
             counts = torch.from_numpy(self._interval).to(self.args.device, copy=True)
             counts = self._sum_over_processes(counts).cpu().numpy()
             tokens, ordinary, masked, dropped = counts.tolist()
+            hidden_loss, hidden = self._sum_over_processes(self._hidden).tolist()
+            self._hidden.zero_()
+            logs |= {"hidden_loss": hidden_loss / max(hidden, 1)}
             logs |= {"tokens_per_second": tokens / seconds, "mask_rate": masked / max(ordinary, 1)}
             if self.vocabulary.max_ngrams is not None:
                 logs["ngrams_cut"] = dropped
@@ -293,7 +316,15 @@ class PretrainingTrainer(Trainer):
         self.accelerator.state.deepspeed_plugin.deepspeed_config.setdefault("checkpoint", {})["load_universal"] = True
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Hugging Face's groups (with weight decay and without), and apart from them the ways out of the sub-layers."""
         optimizer = super().create_optimizer(model)
+        if self.residual_learning_rate != 1:
+            residual = {id(p) for name, p in self.model.named_parameters() if is_residual_output(name)}
+            for group in list(optimizer.param_groups):
+                apart = [parameter for parameter in group["params"] if id(parameter) in residual]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in residual]
+                rate = group["lr"] * self.residual_learning_rate
+                optimizer.add_param_group({**group, "params": apart, "lr": rate})
         self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
         return optimizer
 
@@ -301,9 +332,11 @@ class PretrainingTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if not self._universal:
             return
-        # DeepSpeed 0.19 loads the first group's settings into every group, so that biases and norms would decay too ...
-        for group, weight_decay in zip(self.optimizer.param_groups, self._weight_decays, strict=True):
-            group["weight_decay"] = weight_decay
+        # DeepSpeed 0.19 loads the first group's settings into every group, so that biases and norms would decay too, and all
+        # learn at one rate ...
+        rates = self.lr_scheduler.get_last_lr()
+        for group, weight_decay, rate in zip(self.optimizer.param_groups, self._weight_decays, rates, strict=True):
+            group["weight_decay"], group["lr"] = weight_decay, rate
         # ... and under ZeRO-3 one step counter, shared by all groups and so advanced by each of them
         for state in self.model_wrapped.optimizer.optimizer.state.values():
             state["step"] = state["step"].clone()

@@ -6,7 +6,7 @@ import torch
 from dnazen_kernels._runtime import resolve_impl
 
 IGNORE_INDEX = -100
-MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the masked tokens; the rest stay as they are
+MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the masked tokens, in the paper; the rest stay as they are
 
 
 class MaskedBatch(NamedTuple):
@@ -52,6 +52,8 @@ def ngram_masking(
     mask_token_id: int,
     ordinary_ids: torch.Tensor,
     whole_ngram: bool = True,
+    mask_share: float = MASK_SHARE,
+    random_share: float = RANDOM_SHARE,
     impl: str = "auto",
 ) -> MaskedBatch:
     """Mask tokens and the G-grams they belong to; a pure function of its inputs; paper section 2.4.
@@ -59,7 +61,7 @@ def ngram_masking(
     A token is drawn where it is ordinary and `random[:, 0] < mlm_probability`. A G-gram that covers a drawn token is
     hit, and all tokens of all hit G-grams are masked: one hop. G-grams that cover *any* masked token are removed,
     hit or not, since their states would tell the masked token. Of the masked tokens, those with `random[:, 1]` below
-    0.8 become [MASK], those below 0.9 an entry of `ordinary_ids` chosen by `random[:, 2]`, and the rest stay.
+    `mask_share` become [MASK], those below `mask_share + random_share` an entry of `ordinary_ids` chosen by `random[:, 2]`, and the rest stay.
 
     All implementations return the same integers. The shapes follow from those of the inputs alone, so "triton" never
     waits for the device and a captured or compiled step can hold it. It launches 6 kernels and 2 scans (4, 2 and a copy
@@ -79,23 +81,28 @@ def ngram_masking(
         mlm_probability: chance of an ordinary token to be drawn; more are masked, because G-grams are masked whole.
         ordinary_ids: `[V']`, the ids a random replacement is taken from, of the type of `input_ids`.
         whole_ngram: False masks the drawn tokens alone (Table 3); G-grams are removed all the same.
+        mask_share, random_share: of the masked tokens, how many become [MASK], and a random token.
         impl: "auto", "triton" or "reference".
 
     Raises:
         TypeError: wrong dtypes.
-        ValueError: shapes that do not fit together, tensors on several devices, 2^31 edges or more, a probability
-            outside [0, 1], an unknown `impl`.
+        ValueError: shapes that do not fit together, tensors on several devices, 2^31 edges or more, a probability or
+            share outside [0, 1], shares of more than 1 in all, an unknown `impl`.
         RuntimeError: `impl="triton"` cannot run here.
     """
     graph = ngram_input_ids, ngram_cu_seqlens, token_offsets, token_ngrams, ngram_offsets, ngram_tokens
     if not torch.compiler.is_compiling():
         _check(input_ids, ordinary, random, *graph, ordinary_ids, mlm_probability)
+        if not 0 <= mask_share <= mask_share + random_share <= 1:
+            raise ValueError(
+                f"mask_share and random_share must be at least 0 and at most 1 in all, got {mask_share} and {random_share}"
+            )
     drawn = ordinary & (random[:, 0] < mlm_probability)
     impl = resolve_impl(impl, input_ids.device)
     masked, *survivors = torch.ops.dnazen.ngram_masking(drawn, *graph, whole_ngram, impl)
     replacement = ordinary_ids[(random[:, 2] * ordinary_ids.shape[0]).long()]
-    replacement = torch.where(random[:, 1] < MASK_SHARE, mask_token_id, replacement)
-    replaced = masked & (random[:, 1] < MASK_SHARE + RANDOM_SHARE)
+    replacement = torch.where(random[:, 1] < mask_share, mask_token_id, replacement)
+    replaced = masked & (random[:, 1] < mask_share + random_share)
     masked_ids = torch.where(replaced, replacement, input_ids)
     return MaskedBatch(masked_ids, torch.where(masked, input_ids, IGNORE_INDEX), *survivors)
 

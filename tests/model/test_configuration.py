@@ -78,7 +78,7 @@ def test_round_trip_keeps_every_field_but_impl(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "count"), [("tiny", 22_822_528), ("base", 284_564_224), ("large", None), ("xlarge", None)]
+    ("size", "count"), [("tiny", 22_130_432), ("base", 284_564_224), ("large", None), ("xlarge", None)]
 )
 def test_parameter_counts(size, count):
     config = DNAZenConfig.from_size(size)
@@ -90,8 +90,9 @@ def test_parameter_counts(size, count):
     ngram_layer = 4 * hidden * hidden + 4 * hidden + norm + 2 * hidden * intermediate + intermediate + hidden + norm
     embeddings = (4096 + 162708 + 2 * 2) * hidden + 2 * norm
     head = hidden * hidden + hidden + norm + 4096
+    neighbors = 2 * config.neighbor_window * hidden * hidden
     by_hand = (
-        embeddings + head + config.num_hidden_layers * token_layer + config.num_hidden_ngram_layers * ngram_layer
+        embeddings + neighbors + head + config.num_hidden_layers * token_layer + config.num_hidden_ngram_layers * ngram_layer
     )
     assert model.num_parameters() == by_hand == (count or by_hand)
     assert set(SIZES[size]) <= set(config.to_dict())

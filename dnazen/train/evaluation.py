@@ -1,0 +1,162 @@
+"""How well a masked-language model predicts hidden tokens of a text, beside what counting in its training text would."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from dnazen.data.collator import Masking, PackedCollator, PackedDataset, move_batch
+from dnazen.data.sampler import MicroBatch, pack_by_budget
+from dnazen.data.shards import TokenSplit
+from dnazen.files import InputError
+from dnazen.models import DNAZenForMaskedLM
+from dnazen.ngram.vocab import NgramVocabulary
+from dnazen.train.baselines import MAX_TOKENS, Scores, Spelling, baseline_scores, collect_targets
+from dnazen.train.metrics import Comparison, compare
+
+# the same in every run, whatever training masks: 15 % of the tokens, one by one, and all of them hidden
+HELD_OUT_MASKING = Masking(mlm_probability=0.15, whole_ngram=False, seed=0, mask_share=1.0, random_share=0.0)
+WANTED_TARGETS, MAX_MASKINGS = 20_000, 4
+OVERLAP_BASES = 31  # a stretch of so many that two texts share is no chance
+
+
+def choose_sequences(split: TokenSplit) -> tuple[np.ndarray, int]:
+    """Evenly spaced sequences of a split with some `WANTED_TARGETS` hidden tokens, and how often they are masked anew."""
+    expected = HELD_OUT_MASKING.mlm_probability * split.num_tokens
+    count = min(len(split), max(1, round(len(split) * WANTED_TARGETS / max(expected, 1))))
+    chosen = np.unique(np.linspace(0, len(split) - 1, count).astype(np.int64))
+    return chosen, int(np.clip(WANTED_TARGETS // max(expected, 1), 1, MAX_MASKINGS))
+
+
+def evaluation_batches(
+    split: TokenSplit, sequences: np.ndarray, max_batch_tokens: int, num_maskings: int
+) -> list[MicroBatch]:
+    """The micro-batches of these sequences, masking by masking (an epoch each)."""
+    runs = pack_by_budget(split.lengths, sequences, max_batch_tokens)
+    return [MicroBatch(masking, run) for masking in range(num_maskings) for run in runs]
+
+
+def score_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss in nats and whether the first guess is right, `[n]` each, of logits `[n, V]`."""
+    logits = logits.float()
+    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+
+
+@torch.no_grad()
+def score_model(model: DNAZenForMaskedLM, dataset: PackedDataset, micro_batches: list[MicroBatch]) -> Scores:
+    """A model's scores of the masked tokens of `micro_batches`, in their order."""
+    parts = []
+    for micro_batch in micro_batches:
+        batch = move_batch(dataset[micro_batch][0], model.device)
+        targets = batch["labels"].index_select(0, batch["masked_positions"])
+        parts.append(score_logits(model(**batch).logits, targets))
+    loss, correct = (torch.cat(column).cpu().numpy() for column in zip(*parts))
+    return Scores(loss.astype(np.float64), correct)
+
+
+class Evaluation(NamedTuple):
+    """A model on one text."""
+
+    comparison: Comparison
+    # the same on the sequences that share nothing with the training text; None if those are all, or (nearly) none
+    apart: Comparison | None
+    overlap: float  # share of the stretches of `OVERLAP_BASES` bases that the training text has, on either strand
+
+    def describe(self, text: str) -> str:
+        """Tables and verdicts; `text` says what was evaluated."""
+        lines = [f"Hidden tokens of {text} ({self.comparison.num_targets:,} in {self.comparison.num_sequences:,} sequences):"]
+        lines += [self.comparison.table(), self.comparison.verdict()]
+        lines.append(f"{100 * self.overlap:.1f} % of its stretches of {OVERLAP_BASES} bases are in the training text.")
+        if self.apart is not None:
+            lines += [
+                f"Of the {self.apart.num_sequences:,} sequences that share none with it "
+                f"({self.apart.num_targets:,} hidden tokens):",
+                self.apart.table(),
+                self.apart.verdict(),
+            ]
+        return "\n".join(lines)
+
+
+def evaluate_split(
+    name: str,
+    model: DNAZenForMaskedLM,
+    tokenizer: PreTrainedTokenizerFast,
+    vocabulary: NgramVocabulary,
+    train: TokenSplit,
+    split: TokenSplit,
+) -> Evaluation:
+    """Hold a model (in evaluation mode) against counting in `train`, on hidden tokens of `split`.
+
+    Every target is hidden: a token that is shown as it is, or as another, as BERT's training has them, would measure
+    copying and not prediction.
+
+    Raises:
+        InputError: nothing of the split would be hidden.
+    """
+    sequences, num_maskings = choose_sequences(split)
+    micro_batches = evaluation_batches(split, sequences, max(8192, int(split.lengths.max()) + 2), num_maskings)
+    use_ngrams = model.config.use_ngrams and len(vocabulary.ngrams) > 0
+    dataset, blind = (
+        PackedDataset(split, PackedCollator(tokenizer, vocabulary, HELD_OUT_MASKING, shown)) for shown in (use_ngrams, False)
+    )
+    spelling = Spelling(tokenizer)
+    batches = ((dataset[micro_batch][0], micro_batch.sequences) for micro_batch in micro_batches)
+    targets = collect_targets(batches, spelling, tokenizer.all_special_ids)
+    if not len(targets.truth):
+        raise InputError(f"too little held out to evaluate on: of {split.num_tokens:,} tokens none would be hidden")
+    scores = score_model(model, dataset, micro_batches)
+    without_ngrams = score_model(model, blind, micro_batches) if use_ngrams else None
+    baselines = baseline_scores(train, targets, tokenizer, vocabulary, HELD_OUT_MASKING)
+
+    def compare_some(chosen: np.ndarray) -> Comparison:
+        def take(row: Scores) -> Scores:
+            return Scores(row.loss[chosen], row.correct[chosen])
+
+        rows = {row: take(scored) for row, scored in baselines.items()}
+        return compare(name, take(scores), rows, targets.take(chosen), without_ngrams and take(without_ngrams))
+
+    shared, total = _count_shared(train, split, sequences, spelling, tokenizer.all_special_ids)
+    is_apart = np.isin(targets.sequence, sequences[shared == 0])
+    apart = compare_some(is_apart) if 100 <= is_apart.sum() < len(is_apart) else None
+    everything = np.ones(len(targets.truth), dtype=bool)
+    return Evaluation(compare_some(everything), apart, float(shared.sum() / max(total.sum(), 1)))
+
+
+def _count_shared(
+    train: TokenSplit, split: TokenSplit, sequences: np.ndarray, spelling: Spelling, special_ids: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each sequence: stretches of `OVERLAP_BASES` bases that the training text has, and all."""
+
+    def stretches(numbers: Iterator[int], text_split: TokenSplit) -> tuple[np.ndarray, np.ndarray]:
+        parts = [part for number in numbers for part in (text_split[number].astype(np.int64), [special_ids[0]])]
+        bases, _ = spelling.spell(np.concatenate(parts))
+        forward, backward = np.zeros((2, max(len(bases) - OVERLAP_BASES + 1, 0)), dtype=np.int64)
+        whole = np.ones(len(forward), dtype=bool)
+        for offset in range(OVERLAP_BASES):
+            window = bases[offset : offset + len(forward)]
+            whole &= window != 4
+            forward = forward * 4 + (window & 3)
+            backward += (3 - (window.astype(np.int64) & 3)) << (2 * offset)
+        # a special token ends each sequence, so that the number of those before a stretch is its sequence's
+        number = np.cumsum(bases == 4)[: len(forward)]
+        return np.minimum(forward, backward)[whole], number[whole]
+
+    counted = int(np.searchsorted(np.cumsum(train.lengths), MAX_TOKENS, side="right"))
+    known = np.unique(stretches(iter(range(max(counted, 1))), train)[0])
+    codes, number = stretches(iter(sequences.tolist()), split)
+    shared = np.isin(codes, known)
+    return np.bincount(number[shared], minlength=len(sequences)), np.bincount(number, minlength=len(sequences))
+
+
+def evaluation_record(evaluation: Evaluation, text: str) -> dict[str, Any]:
+    """An evaluation as JSON values."""
+    return {
+        "text": text,
+        **evaluation.comparison.to_json(),
+        "overlap_with_training_text": evaluation.overlap,
+        "sequences_that_share_nothing": evaluation.apart and evaluation.apart.to_json(),
+    }
