@@ -44,6 +44,11 @@ def pretrain(launcher: list[object], corpus: Path, ngrams: Path, output_dir: Pat
     return call(*line, "--corpus", corpus, "--ngrams", ngrams, "--output_dir", output_dir, "--disable_tqdm", True, *flags)
 
 
+def commit() -> str:
+    """Of this checkout."""
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def processor() -> str:
     """The processor's name, where Linux gives it, or its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -94,7 +99,7 @@ def main() -> None:
         "device": f"{processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")},
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "seconds": seconds,
         "ngrams": extraction["statistics"],
         "extraction_tokens_per_second": extraction["statistics"]["num_tokens"] / extraction["seconds"],

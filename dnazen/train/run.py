@@ -15,6 +15,7 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from dnazen_kernels._runtime import resolve_impl
 from transformers import HfArgumentParser, TrainerState, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dnazen.data.collator import Masking, PackedCollator, PackedDataset, calibrate_mlm_probability
 from dnazen.data.shards import Corpus
@@ -260,6 +261,7 @@ def report(trainer: PretrainingTrainer, corpus: Corpus, vocabulary: NgramVocabul
     """Evaluate `final/`; print and write what came out: scores beside baselines, speed, mask rate, files."""
     output_dir = Path(trainer.args.output_dir)
     started = time.perf_counter()
+    unset_hf_deepspeed_config()  # the model stays whole under ZeRO-3: this process is alone here
     model = DNAZenForMaskedLM.from_pretrained(output_dir / "final", dtype=torch.float32).to(trainer.args.device).eval()
     name, text = f"DNAZEN {model_name}", "held-out sequences"
     evaluation = evaluate_split(name, model, corpus.tokenizer, vocabulary, corpus.train, corpus.validation)
