@@ -15,7 +15,7 @@ SIZES: dict[str, dict[str, Any]] = {
     # not the paper's, but what learns within minutes on a CPU: benchmarks/learning.md
     "tiny": {
         **dict(zip(_SIZE_FIELDS, (128, 2, 4, 512, 1))),
-        "neighbor_window": 1,
+        "neighbor_window": 2,
         "initializer_range": 0.09,
         "hidden_dropout_prob": 0.0,
     },

@@ -25,6 +25,7 @@ def start_from_data(model: DNAZenForMaskedLM, corpus: Corpus, vocabulary: NgramV
     - A token's embedding is a sum of random vectors: of its first one, two and three bases, of its last ones, of its
       length, and one of its own. Those of [MASK] and of the token type are zero: what a hidden token sees of its neighbors
       is then not small beside what all hidden tokens have in common.
+    - Of the neighbors that enter a token's embedding, only the nearest on either side do so from the beginning.
     - A G-gram's embedding is the mean of its tokens', times the root of their number.
     - The ways out of the sub-layers are a tenth of their usual size. A post-LN layer of full size with much in common to
       all positions drowns in it what differs between them (the states of all hidden tokens become the same).
@@ -45,6 +46,11 @@ def start_from_data(model: DNAZenForMaskedLM, corpus: Corpus, vocabulary: NgramV
         words[token_id] = torch.stack([features[key] for key in keys]).sum(0) * spread / len(keys) ** 0.5
     words[model.config.mask_token_id] = 0.0
     model.bert.embeddings.token_type_embeddings.weight.zero_()
+
+    embeddings = model.bert.embeddings
+    for distance, layer in zip(embeddings.distances, embeddings.neighbor_layers if embeddings.distances else ()):
+        if abs(distance) > 1:
+            layer.weight.zero_()
 
     counts = count_unigrams(corpus.train, len(tokenizer)) + 1.0
     model.get_output_embeddings().bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
