@@ -34,7 +34,8 @@ def export_model(model_dir: str | PathLike, output_dir: str | PathLike) -> int:
         The number of parameters.
 
     Raises:
-        InputError: `model_dir` is no whole model folder, or `output_dir` has something in it.
+        InputError: `model_dir` is no whole model folder, or has what the published models have not; `output_dir` has
+            something in it.
     """
     if not Path(model_dir).is_dir():
         raise InputError(f"{model_dir}: no such folder; expected a model")
@@ -43,6 +44,11 @@ def export_model(model_dir: str | PathLike, output_dir: str | PathLike) -> int:
     if architecture not in _CLASSES:
         expected = " or ".join(f"DNAZen{name}" for name in _CLASSES)
         raise InputError(f"{model_dir}: architectures: expected {expected}, found {config.architectures}")
+    if config.neighbor_window:
+        raise InputError(
+            f"{model_dir}: neighbor_window: expected 0, for the published form has no neighbors in its embeddings, found "
+            f"{config.neighbor_window}"
+        )
     tokenizer = load_tokenizer(model_dir)
     vocabulary = NgramVocabulary.from_pretrained(model_dir, tokenizer)
     if vocabulary.max_ngrams is None:
@@ -52,7 +58,7 @@ def export_model(model_dir: str | PathLike, output_dir: str | PathLike) -> int:
         )
     model = _CLASSES[architecture].from_pretrained(model_dir, dtype=torch.float32)
     names = [field.name for field in fields(DNAZenConfig) if field.name in DNAZenConfig.__annotations__]
-    values = {name: getattr(config, name) for name in names if name != "impl"} | _PUBLISHED
+    values = {name: getattr(config, name) for name in names if name not in ("impl", "neighbor_window")} | _PUBLISHED
     values |= {"architectures": [f"Bert{architecture}"], "id2label": config.id2label, "label2id": config.label2id}
     with atomic_directory(output_dir) as directory:
         # clones, because safetensors writes no two entries of one memory

@@ -74,8 +74,8 @@ def test_the_verdict_says_what_the_intervals_show(model, unigram, best, words):
     targets = make_targets()
     base = scores(unigram, 1, targets)
     both = scores(best, 3, targets)
-    # equal to one of them on the whole, but not on each token
-    apart = np.where(np.arange(len(base.loss)) % 2, 0.3, -0.3)
+    # equal to one of them on the whole, but not on each sequence
+    apart = np.where(targets.sequence % 2, 0.3, -0.3)
     row = base if model == unigram else both if model == best else scores(model, 2, targets)
     row = Scores(row.loss + apart * (model in (unigram, best)), row.correct)
     comparison = compare("model", row, {"unigram": base, "both neighbours": both}, targets)
