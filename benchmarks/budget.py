@@ -35,7 +35,7 @@ from dnazen.layers.encoder import NgramLayer, TokenLayer
 from dnazen.layers.fusion import packed_add_norm
 from dnazen.layers.padding import PackedBatch
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
-from dnazen.train.arguments import SIZE_DEFAULTS
+from dnazen.train.arguments import RECIPES
 from dnazen.train.bench import training_flops
 
 FLOPS, BANDWIDTH, DATASHEET_FLOPS = 790e12, 4.3e12, 990e12  # per second: measured, measured, and what MFU divides by
@@ -181,7 +181,8 @@ def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
         return compiled_kernels(module, states(rows, module.dense.in_features), states(rows), add_norm)
 
     def embeddings(module: nn.Module, rows: int) -> list[Kernel]:
-        return eager_kernels(lambda: module(torch.zeros(rows, dtype=torch.int64, device="meta")))
+        input_ids, cu_seqlens = (torch.zeros(n, dtype=dtype, device="meta") for n, dtype in ((rows, torch.int64), (2, torch.int32)))
+        return eager_kernels(lambda: module(input_ids, cu_seqlens))
 
     mlp, intermediate = token_layer.mlp, ngram_layer.intermediate
     head = model.cls["predictions"]
@@ -224,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_genome_arguments(parser)
     args = parser.parse_args()
-    batch = make_batch(load_genomes(args.fasta, args.tokenizer, (SEQUENCE_LENGTH,))[SEQUENCE_LENGTH], SIZE_DEFAULTS["base"][0])
+    batch = make_batch(load_genomes(args.fasta, args.tokenizer, (SEQUENCE_LENGTH,))[SEQUENCE_LENGTH], RECIPES["base"].max_batch_tokens)
     config = DNAZenConfig.from_size("base", vocab_size=4096, ngram_vocab_size=NGRAM_VOCAB_SIZE)
     print_table(parts_of_step(config, batch), owed(config, batch), len(batch.input_ids))
 

@@ -125,7 +125,7 @@ def test_every_command_of_the_readme_runs(root, folder):
 def test_the_main_job_runs_with_no_other_argument(root, folder):
     """What `make pretrain` runs, cut short: the packaged genome, whole, on the tiny model."""
     output = run("deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json", folder)
-    assert "4,938,920 bases" in output and "DNAZEN tiny: 2.8 M parameters, bf16" in output
+    assert "4,938,920 bases" in output and "DNAZEN tiny: 1.5 M parameters, bf16" in output
     assert (folder / "runs" / "ecoli536_NC_008253" / "tiny" / "report.json").is_file()
 
 

@@ -25,7 +25,7 @@ from dnazen.data.shards import Corpus
 from dnazen.files import atomic_directory, write_json
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.ngram.vocab import load_ngrams
-from dnazen.train.arguments import SIZE_DEFAULTS, PretrainingArguments
+from dnazen.train.arguments import RECIPES, PretrainingArguments
 from dnazen.train.trainer import Batch, PretrainingTrainer
 
 # dense bf16 TFLOP/s on the data sheets, by a part of the device's name
@@ -252,7 +252,7 @@ def bench(
     """
     DNAZenConfig.from_size(model)
     load_ngrams(ngrams, Corpus.open(corpus))
-    max_batch_tokens = max_batch_tokens or SIZE_DEFAULTS.get(model, SIZE_DEFAULTS["base"])[0]
+    max_batch_tokens = max_batch_tokens or RECIPES.get(model, RECIPES["base"]).max_batch_tokens
     precision = precision or ("bf16" if torch.cuda.is_available() else "fp32")
     rows, failed = [], {}
     with atomic_directory(output_dir) as folder:

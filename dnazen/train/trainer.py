@@ -62,8 +62,8 @@ class PretrainingTrainer(Trainer):
         train_dataset, eval_dataset: packed splits; the evaluation's masking never changes.
         vocabulary: saved beside the weights.
         max_batch_tokens: token budget of a micro-batch.
-        residual_learning_rate: of the ways out of the sub-layers, as a share of `args.learning_rate`.
         agreement: what a run and the checkpoint it resumes from must have in common; JSON values.
+        residual_learning_rate: of the ways out of the sub-layers, as a share of `args.learning_rate`.
         checkpoint: the one to resume from, or None.
         **kwargs: Trainer's own arguments.
     """
@@ -76,8 +76,8 @@ class PretrainingTrainer(Trainer):
         eval_dataset: PackedDataset,
         vocabulary: NgramVocabulary,
         max_batch_tokens: int,
-        residual_learning_rate: float,
         agreement: dict[str, Any],
+        residual_learning_rate: float = 1.0,
         checkpoint: Checkpoint | None = None,
         **kwargs,
     ):
@@ -317,8 +317,9 @@ class PretrainingTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Hugging Face's groups (with weight decay and without), and apart from them the ways out of the sub-layers."""
+        is_new = self.optimizer is None  # Trainer calls this twice under DeepSpeed
         optimizer = super().create_optimizer(model)
-        if self.residual_learning_rate != 1:
+        if is_new and self.residual_learning_rate != 1:
             residual = {id(p) for name, p in self.model.named_parameters() if is_residual_output(name)}
             for group in list(optimizer.param_groups):
                 apart = [parameter for parameter in group["params"] if id(parameter) in residual]

@@ -27,6 +27,7 @@ class Prepared(NamedTuple):
         return {
             "corpus": self.corpus, "ngrams": self.ngrams, "model": self.model, "max_batch_tokens": 640,
             "logging_steps": 1, "eval_steps": 4, "save_steps": 4, "max_steps": 4, "disable_tqdm": True, "bf16": False,
+            "residual_learning_rate": 0.5,
         }  # fmt: skip
 
 
