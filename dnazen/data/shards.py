@@ -208,6 +208,15 @@ class Corpus:
             raise InputError(f"{path / 'manifest.json'}: altered; expected shards of {' and '.join(SPLITS)}")
         self.train, self.validation = (TokenSplit(opened[split]) for split in SPLITS)
 
+    def everything(self) -> TokenSplit:
+        """Both splits as one, the training split first."""
+        parts = [
+            {"tokens": tokens, "offsets": offsets, "pieces": pieces}
+            for split in (self.train, self.validation)
+            for (tokens, offsets), pieces in zip(split.shards, split.pieces)
+        ]
+        return TokenSplit(parts)
+
     @classmethod
     def open(cls, path: str | PathLike, verify: bool = True) -> "Corpus":
         """Memory-map a corpus, checking every file's type and shape and, with `verify`, its SHA-256.

@@ -36,8 +36,11 @@ def evaluate(
         split, text = opened.validation, f"the held-out part of {corpus}"
         if fasta:
             max_tokens = opened.manifest["parameters"]["max_tokens"]
-            build_corpus(fasta, loaded.tokenizer, Path(scratch) / "corpus", max_tokens=max_tokens)
-            split, text = Corpus.open(Path(scratch) / "corpus", verify=False).train, ", ".join(fasta)
+            # held out or not makes no difference here; half and half, because neither part may be empty
+            build_corpus(
+                fasta, loaded.tokenizer, Path(scratch) / "corpus", max_tokens=max_tokens, validation_fraction=0.5
+            )
+            split, text = Corpus.open(Path(scratch) / "corpus", verify=False).everything(), ", ".join(fasta)
         evaluation = evaluate_split("model", loaded.model, loaded.tokenizer, loaded.vocabulary, opened.train, split)
         write_json(directory / "evaluation.json", evaluation_record(evaluation, text))
     return evaluation, text

@@ -128,14 +128,8 @@ def collect_targets(
     return Targets(*(np.concatenate(columns) for columns in zip(*parts)))
 
 
-def baseline_scores(
-    train: TokenSplit,
-    targets: Targets,
-    tokenizer: PreTrainedTokenizerFast,
-    vocabulary: NgramVocabulary,
-    masking: Masking,
-) -> dict[str, Scores]:
-    """What counting scores on hidden tokens.
+class Baselines:
+    """What counting knows of a text, to score hidden tokens of another.
 
     - `unigram` guesses by the frequency of tokens.
     - `previous token` by what follows the token to the left.
@@ -149,61 +143,73 @@ def baseline_scores(
 
     Args:
         train: the text that is counted, at most its first `MAX_TOKENS`.
-        targets: hidden tokens of another text.
-        tokenizer: of both.
-        vocabulary, masking: how `targets` were masked, so that those the tuning needs are masked alike.
+        tokenizer: of both texts.
+        vocabulary, masking: how the hidden tokens are hidden, so that those the tuning needs are hidden alike.
     """
-    spelling, special_ids = Spelling(tokenizer), tokenizer.all_special_ids
-    vocab_size = len(spelling.lengths)
-    stop = int(np.searchsorted(np.cumsum(train.lengths), MAX_TOKENS, side="right"))
-    numbers = np.arange(max(stop, 1))
-    is_tuning = numbers % _HELD_FOR_TUNING == _HELD_FOR_TUNING - 1
-    if not is_tuning.any():
-        is_tuning[-1:] = True  # a text of few sequences is tuned on one that it counts too
-    fitted = ~is_tuning if not is_tuning.all() else is_tuning
-    fit, tune = (_Counts(train, numbers[chosen], spelling, special_ids) for chosen in (fitted, is_tuning))
-    full = fit + tune
 
-    collator = PackedCollator(tokenizer, vocabulary, masking)
-    wanted = np.cumsum(train.lengths[numbers[is_tuning]]) * masking.mlm_probability < TUNING_TARGETS
-    sample = numbers[is_tuning][: max(1, int(wanted.sum()))]
-    batch = PackedDataset(train, collator)[MicroBatch(0, sample)][0]
-    tuning = collect_targets([(batch, sample)], spelling, special_ids)
+    def __init__(
+        self, train: TokenSplit, tokenizer: PreTrainedTokenizerFast, vocabulary: NgramVocabulary, masking: Masking
+    ):
+        spelling, special_ids = Spelling(tokenizer), tokenizer.all_special_ids
+        self._vocab_size = len(spelling.lengths)
+        stop = int(np.searchsorted(np.cumsum(train.lengths), MAX_TOKENS, side="right"))
+        numbers = np.arange(max(stop, 1))
+        is_tuning = numbers % _HELD_FOR_TUNING == _HELD_FOR_TUNING - 1
+        if not is_tuning.any():
+            is_tuning[-1:] = True  # a text of few sequences is tuned on one that it counts too
+        fitted = ~is_tuning if not is_tuning.all() else is_tuning
+        self._fit, tune = (_Counts(train, numbers[chosen], spelling, special_ids) for chosen in (fitted, is_tuning))
+        self._full = self._fit + tune
 
-    def choose(model: Callable, candidates: Iterable) -> tuple:
-        """The candidate with which `model`, counted without the tuning part, has the lowest loss there."""
-        if not len(tuning.truth):
-            return next(iter(candidates))
-        return min(candidates, key=lambda choice: _score(model(fit, tuning, *choice), tuning, vocab_size).loss.mean())
+        wanted = np.cumsum(train.lengths[numbers[is_tuning]]) * masking.mlm_probability < TUNING_TARGETS
+        sample = numbers[is_tuning][: max(1, int(wanted.sum()))]
+        batch = PackedDataset(train, PackedCollator(tokenizer, vocabulary, masking))[MicroBatch(0, sample)][0]
+        self._tuning = collect_targets([(batch, sample)], spelling, special_ids)
+        self._previous = self._choose(_previous, itertools.product(_STRENGTHS))
+        self._both = self._choose(_both, itertools.product(_STRENGTHS, _EXPONENTS))
+        strengths = choose_strengths(self._fit.kmers, tune.kmers)
+        gain = MarkovModel(markov_probabilities(self._fit.kmers, strengths), spelling).gain(self._tuning)
 
-    def unigram(counts: _Counts, targets: Targets) -> Model:
-        return lambda rows: np.tile(counts.log_unigram, (len(targets.truth[rows]), 1))
+        def markov(counts: _Counts, _: Targets, weight: float) -> Model:
+            return lambda rows: counts.log_unigram + weight * gain[rows]
 
-    def previous(counts: _Counts, targets: Targets, strength: float) -> Model:
-        return lambda rows: counts.log_unigram + counts.neighbour(targets.left[rows], strength, side=0)
+        (self._weight,) = self._choose(markov, itertools.product(_EXPONENTS))
+        self._markov = MarkovModel(markov_probabilities(self._full.kmers, strengths), spelling)
 
-    def both(counts: _Counts, targets: Targets, strength: float, weight: float) -> Model:
-        def model(rows: slice) -> np.ndarray:
-            left, right = (
-                counts.neighbour(tokens[rows], strength, side) for side, tokens in enumerate((targets.left, targets.right))
-            )
-            return counts.log_unigram + weight * (left + right)
+    def score(self, targets: Targets) -> dict[str, Scores]:
+        """What each of them says of hidden tokens, by its name."""
+        full = self._full
+        models = {
+            "unigram": lambda rows: np.tile(full.log_unigram, (len(targets.truth[rows]), 1)),
+            "previous token": _previous(full, targets, *self._previous),
+            "both neighbours": _both(full, targets, *self._both),
+            f"Markov model of order {self._markov.order}": (
+                lambda rows: full.log_unigram + self._weight * self._markov.gain(targets.take(rows))
+            ),
+        }
+        return {name: _score(model, targets, self._vocab_size) for name, model in models.items()}
 
-        return model
+    def _choose(self, make_model: Callable[..., Model], candidates: Iterable[tuple]) -> tuple:
+        """The candidate with which the model, counted without the tuning part, has the lowest loss there."""
+        tuning = self._tuning
+        return min(
+            candidates,
+            key=lambda choice: _score(make_model(self._fit, tuning, *choice), tuning, self._vocab_size).loss.sum(),
+        )
 
-    strengths = choose_strengths(fit.kmers, tune.kmers)
-    gain = MarkovModel(markov_probabilities(fit.kmers, strengths), spelling).gain(tuning)
-    (weight,) = choose(lambda counts, _, weight: lambda rows: counts.log_unigram + weight * gain[rows], zip(_EXPONENTS))
-    markov = MarkovModel(markov_probabilities(full.kmers, strengths), spelling)
-    rows = {
-        "unigram": unigram(full, targets),
-        "previous token": previous(full, targets, *choose(previous, zip(_STRENGTHS))),
-        "both neighbours": both(full, targets, *choose(both, itertools.product(_STRENGTHS, _EXPONENTS))),
-        f"Markov model of order {markov.order}": (
-            lambda rows: full.log_unigram + weight * markov.gain(targets.take(rows))
-        ),
-    }
-    return {name: _score(model, targets, vocab_size) for name, model in rows.items()}
+
+def _previous(counts: "_Counts", targets: Targets, strength: float) -> Model:
+    return lambda rows: counts.log_unigram + counts.neighbour(targets.left[rows], strength, side=0)
+
+
+def _both(counts: "_Counts", targets: Targets, strength: float, weight: float) -> Model:
+    def model(rows: slice) -> np.ndarray:
+        left, right = (
+            counts.neighbour(tokens[rows], strength, side) for side, tokens in enumerate((targets.left, targets.right))
+        )
+        return counts.log_unigram + weight * (left + right)
+
+    return model
 
 
 class _Counts:

@@ -1,6 +1,5 @@
 """How well a masked-language model predicts hidden tokens of a text, beside what counting in its training text would."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,20 +14,27 @@ from dnazen.data.shards import TokenSplit
 from dnazen.files import InputError
 from dnazen.models import DNAZenForMaskedLM
 from dnazen.ngram.vocab import NgramVocabulary
-from dnazen.train.baselines import MAX_TOKENS, Scores, Spelling, baseline_scores, collect_targets
+from dnazen.train.baselines import MAX_TOKENS, Baselines, Scores, Spelling, collect_targets
 from dnazen.train.metrics import Comparison, compare
 
 # the same in every run, whatever training masks: 15 % of the tokens, one by one, and all of them hidden
 HELD_OUT_MASKING = Masking(mlm_probability=0.15, whole_ngram=False, seed=0, mask_share=1.0, random_share=0.0)
 WANTED_TARGETS, MAX_MASKINGS = 20_000, 4
 OVERLAP_BASES = 31  # a stretch of so many that two texts share is no chance
+_FEWEST_APART = 10  # sequences for which an interval means something
 
 
-def choose_sequences(split: TokenSplit) -> tuple[np.ndarray, int]:
-    """Evenly spaced sequences of a split with some `WANTED_TARGETS` hidden tokens, and how often they are masked anew."""
-    expected = HELD_OUT_MASKING.mlm_probability * split.num_tokens
-    count = min(len(split), max(1, round(len(split) * WANTED_TARGETS / max(expected, 1))))
-    chosen = np.unique(np.linspace(0, len(split) - 1, count).astype(np.int64))
+def choose_sequences(split: TokenSplit, candidates: np.ndarray | None = None) -> tuple[np.ndarray, int]:
+    """Evenly spaced sequences with some `WANTED_TARGETS` hidden tokens, and how often they are masked anew.
+
+    Args:
+        split: where they are from.
+        candidates: the sequences to choose from, ascending; default: all.
+    """
+    candidates = np.arange(len(split)) if candidates is None else candidates
+    expected = HELD_OUT_MASKING.mlm_probability * split.lengths[candidates].sum()
+    count = min(len(candidates), max(1, round(len(candidates) * WANTED_TARGETS / max(expected, 1))))
+    chosen = candidates[np.unique(np.linspace(0, len(candidates) - 1, count).astype(np.int64))]
     return chosen, int(np.clip(WANTED_TARGETS // max(expected, 1), 1, MAX_MASKINGS))
 
 
@@ -97,42 +103,47 @@ def evaluate_split(
     Raises:
         InputError: nothing of the split would be hidden.
     """
-    sequences, num_maskings = choose_sequences(split)
-    micro_batches = evaluation_batches(split, sequences, max(8192, int(split.lengths.max()) + 2), num_maskings)
     use_ngrams = model.config.use_ngrams and len(vocabulary.ngrams) > 0
     dataset, blind = (
         PackedDataset(split, PackedCollator(tokenizer, vocabulary, HELD_OUT_MASKING, shown)) for shown in (use_ngrams, False)
     )
-    spelling = Spelling(tokenizer)
-    batches = ((dataset[micro_batch][0], micro_batch.sequences) for micro_batch in micro_batches)
-    targets = collect_targets(batches, spelling, tokenizer.all_special_ids)
-    if not len(targets.truth):
+    spelling, special_ids = Spelling(tokenizer), tokenizer.all_special_ids
+    baselines = Baselines(train, tokenizer, vocabulary, HELD_OUT_MASKING)
+
+    def compare_on(candidates: np.ndarray) -> Comparison | None:
+        sequences, num_maskings = choose_sequences(split, candidates)
+        micro_batches = evaluation_batches(split, sequences, max(8192, int(split.lengths.max()) + 2), num_maskings)
+        batches = ((dataset[micro_batch][0], micro_batch.sequences) for micro_batch in micro_batches)
+        targets = collect_targets(batches, spelling, special_ids)
+        if not len(targets.truth):
+            return None
+        scores = score_model(model, dataset, micro_batches)
+        without_ngrams = score_model(model, blind, micro_batches) if use_ngrams else None
+        return compare(name, scores, baselines.score(targets), targets, without_ngrams)
+
+    shared, total = _count_shared(train, split, spelling, special_ids)
+    apart = np.flatnonzero(shared == 0)
+    comparison = compare_on(np.arange(len(split)))
+    if comparison is None:
         raise InputError(f"too little held out to evaluate on: of {split.num_tokens:,} tokens none would be hidden")
-    scores = score_model(model, dataset, micro_batches)
-    without_ngrams = score_model(model, blind, micro_batches) if use_ngrams else None
-    baselines = baseline_scores(train, targets, tokenizer, vocabulary, HELD_OUT_MASKING)
-
-    def compare_some(chosen: np.ndarray) -> Comparison:
-        def take(row: Scores) -> Scores:
-            return Scores(row.loss[chosen], row.correct[chosen])
-
-        rows = {row: take(scored) for row, scored in baselines.items()}
-        return compare(name, take(scores), rows, targets.take(chosen), without_ngrams and take(without_ngrams))
-
-    shared, total = _count_shared(train, split, sequences, spelling, tokenizer.all_special_ids)
-    is_apart = np.isin(targets.sequence, sequences[shared == 0])
-    apart = compare_some(is_apart) if 100 <= is_apart.sum() < len(is_apart) else None
-    everything = np.ones(len(targets.truth), dtype=bool)
-    return Evaluation(compare_some(everything), apart, float(shared.sum() / max(total.sum(), 1)))
+    return Evaluation(
+        comparison,
+        compare_on(apart) if _FEWEST_APART <= len(apart) < len(shared) else None,
+        float(shared.sum() / max(total.sum(), 1)),
+    )
 
 
 def _count_shared(
-    train: TokenSplit, split: TokenSplit, sequences: np.ndarray, spelling: Spelling, special_ids: list[int]
+    train: TokenSplit, split: TokenSplit, spelling: Spelling, special_ids: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of each sequence: stretches of `OVERLAP_BASES` bases that the training text has, and all."""
+    """Of each sequence: stretches of `OVERLAP_BASES` bases that the training text has, and all.
 
-    def stretches(numbers: Iterator[int], text_split: TokenSplit) -> tuple[np.ndarray, np.ndarray]:
-        parts = [part for number in numbers for part in (text_split[number].astype(np.int64), [special_ids[0]])]
+    Of either text the first `MAX_TOKENS` are looked at.
+    """
+
+    def stretches(text: TokenSplit) -> tuple[np.ndarray, np.ndarray]:
+        count = max(1, int(np.searchsorted(np.cumsum(text.lengths), MAX_TOKENS, side="right")))
+        parts = [part for number in range(count) for part in (text[number].astype(np.int64), [special_ids[0]])]
         bases, _ = spelling.spell(np.concatenate(parts))
         forward, backward = np.zeros((2, max(len(bases) - OVERLAP_BASES + 1, 0)), dtype=np.int64)
         whole = np.ones(len(forward), dtype=bool)
@@ -145,11 +156,10 @@ def _count_shared(
         number = np.cumsum(bases == 4)[: len(forward)]
         return np.minimum(forward, backward)[whole], number[whole]
 
-    counted = int(np.searchsorted(np.cumsum(train.lengths), MAX_TOKENS, side="right"))
-    known = np.unique(stretches(iter(range(max(counted, 1))), train)[0])
-    codes, number = stretches(iter(sequences.tolist()), split)
-    shared = np.isin(codes, known)
-    return np.bincount(number[shared], minlength=len(sequences)), np.bincount(number, minlength=len(sequences))
+    known = np.unique(stretches(train)[0])
+    codes, number = stretches(split)
+    total = np.bincount(number)
+    return np.bincount(number[np.isin(codes, known)], minlength=len(total)), total
 
 
 def evaluation_record(evaluation: Evaluation, text: str) -> dict[str, Any]:

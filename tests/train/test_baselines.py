@@ -15,10 +15,10 @@ from dnazen.data.tokenizer import spell_tokens
 from dnazen.ngram.vocab import load_ngrams
 from dnazen.train.baselines import (
     MAX_ORDER,
+    Baselines,
     MarkovModel,
     Spelling,
     Targets,
-    baseline_scores,
     choose_strengths,
     collect_targets,
     count_kmers,
@@ -130,9 +130,8 @@ def test_markov_model_multiplies_what_a_walk_over_the_bases_multiplies(corpus, t
 
 def test_token_baselines_equal_slow_counting(prepared, corpus, targets):
     """`unigram`, and `previous token` for the best of the strengths on offer, from dictionaries."""
-    scores = baseline_scores(
-        corpus.train, targets, corpus.tokenizer, load_ngrams(prepared.ngrams, corpus), HELD_OUT_MASKING
-    )
+    vocabulary = load_ngrams(prepared.ngrams, corpus)
+    scores = Baselines(corpus.train, corpus.tokenizer, vocabulary, HELD_OUT_MASKING).score(targets)
     sequences = [corpus.train[i].tolist() for i in range(len(corpus.train))]
     special = set(corpus.tokenizer.all_special_ids)
     counts = Counter(token for sequence in sequences for token in sequence)
@@ -172,6 +171,6 @@ def test_a_target_between_unknown_neighbours_has_the_unigram(prepared, corpus, t
         np.full_like(targets.left_bases, UNKNOWN), np.full_like(targets.right_bases, UNKNOWN),
     )  # fmt: skip
     vocabulary = load_ngrams(prepared.ngrams, corpus)
-    scores = baseline_scores(corpus.train, blind, corpus.tokenizer, vocabulary, HELD_OUT_MASKING)
+    scores = Baselines(corpus.train, corpus.tokenizer, vocabulary, HELD_OUT_MASKING).score(blind)
     for row in scores.values():
         np.testing.assert_allclose(row.loss, scores["unigram"].loss, rtol=1e-5)
