@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from dnazen.data.fasta import read_fasta
-from dnazen.data.tokenizer import load_tokenizer, tokenizer_checksum, train_tokenizer
+from dnazen.data.tokenizer import choose_vocab_size, load_tokenizer, tokenizer_checksum, train_tokenizer
 from dnazen.files import InputError
 
 
@@ -75,6 +75,19 @@ def test_vocab_size_out_of_range(vocab_size):
     with pytest.raises(InputError, match=f"vocab_size: expected 9 .* to 4096 .*found {vocab_size}"):
         train_tokenizer(["ACGT"], vocab_size)
     assert len(train_tokenizer(["ACGTACGT"], 9)) == 9
+
+
+@pytest.mark.parametrize(
+    ("num_bases", "size"),
+    [(0, 256), (30_000, 256), (1_800_000, 256), (1_820_000, 512), (4_938_920, 1024), (12_157_105, 2048), (10**8, 4096)],
+)
+def test_vocab_size_follows_the_length_of_the_text(num_bases, size):
+    """The power of two whose ratio to a token for each 5,000 bases is nearest to 1; 256 and 512 meet at their mean."""
+    assert choose_vocab_size(num_bases) == size
+
+
+def test_vocab_size_by_default():
+    assert len(train_tokenizer([random_bases(300_000)])) == 256
 
 
 def test_nothing_to_train_on():
