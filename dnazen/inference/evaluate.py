@@ -35,11 +35,9 @@ def evaluate(
     with atomic_directory(output_dir) as directory, tempfile.TemporaryDirectory() as scratch:
         split, text = opened.validation, f"the held-out part of {corpus}"
         if fasta:
-            max_tokens = opened.manifest["parameters"]["max_tokens"]
+            options = {name: opened.manifest["parameters"][name] for name in ("max_tokens", "min_length")}
             # held out or not makes no difference here; half and half, because neither part may be empty
-            build_corpus(
-                fasta, loaded.tokenizer, Path(scratch) / "corpus", max_tokens=max_tokens, validation_fraction=0.5
-            )
+            build_corpus(fasta, loaded.tokenizer, Path(scratch) / "corpus", validation_fraction=0.5, **options)
             split, text = Corpus.open(Path(scratch) / "corpus", verify=False).everything(), ", ".join(fasta)
         evaluation = evaluate_split("model", loaded.model, loaded.tokenizer, loaded.vocabulary, opened.train, split)
         write_json(directory / "evaluation.json", evaluation_record(evaluation, text))

@@ -1,7 +1,7 @@
 """What counting alone says of hidden tokens: the models that a trained one must beat, on the same targets.
 
 All of them are counted on the training split and never see the held-out text; what there is to choose (smoothing,
-weights, order) is chosen on every tenth sequence of the training split, with counts of the other nine.
+weights, order) is chosen on a tenth of the training split, with counts of the other nine.
 """
 
 import itertools
@@ -19,16 +19,16 @@ from dnazen.data.shards import TokenSplit
 from dnazen.data.tokenizer import spell_tokens
 from dnazen.ngram.vocab import NgramVocabulary
 
-MAX_TOKENS = 20_000_000  # of the training split that are counted
+MAX_TOKENS = 20_000_000  # of the training split that are counted, evenly spaced over it
 MAX_ORDER = 10  # of the Markov model: 4^11 counts
 TUNING_TARGETS = 2_000
-_HELD_FOR_TUNING = 10  # one sequence in so many
-_UNKNOWN = 4  # a base that is hidden, or beyond the sequence's end
+_TUNING_BLOCK = 20  # neighboring sequences, so that both strands of a piece, and its halves, are on one side
+UNKNOWN = 4  # a base that is hidden, or beyond the sequence's end
 _CHUNK_SCORES = 4_000_000  # targets times tokens that are scored at once
 _STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 _EXPONENTS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 
-# unnormalised log-probabilities [rows, V] of some of the targets it was made for
+# unnormalized log-probabilities [rows, V] of some of the targets it was made for
 Model = Callable[[slice], np.ndarray]
 
 
@@ -53,7 +53,7 @@ class Spelling:
         special = set(tokenizer.all_special_ids)
         is_dna = [i not in special and text != "" and set(text) <= set("ACGT") for i, text in enumerate(spelled)]
         self.lengths = np.array([len(text) if dna else 0 for text, dna in zip(spelled, is_dna)], dtype=np.int64)
-        self.bases = np.full((len(spelled), int(self.lengths.max(initial=1))), _UNKNOWN, dtype=np.uint8)
+        self.bases = np.full((len(spelled), int(self.lengths.max(initial=1))), UNKNOWN, dtype=np.uint8)
         for token, (text, dna) in enumerate(zip(spelled, is_dna)):
             if dna:
                 self.bases[token, : len(text)] = ["ACGT".index(base) for base in text]
@@ -73,7 +73,7 @@ class Spelling:
         lengths = self.lengths[tokens] if hidden is None else np.where(hidden, 0, self.lengths[tokens])
         written = np.maximum(lengths, 1)
         starts = np.cumsum(written) - written
-        text = np.full(int(written.sum()), _UNKNOWN, dtype=np.uint8)
+        text = np.full(int(written.sum()), UNKNOWN, dtype=np.uint8)
         inside = np.arange(self.bases.shape[1]) < lengths[:, None]
         text[(starts[:, None] + np.arange(self.bases.shape[1]))[inside]] = self.bases[tokens][inside]
         return text, starts
@@ -112,14 +112,14 @@ def collect_targets(
         at = np.flatnonzero(hidden)
         seen = np.where(hidden | np.isin(input_ids, special_ids), -1, input_ids)
         text, starts = spelling.spell(np.where(hidden, labels, input_ids), hidden)
-        text = np.pad(text, MAX_ORDER, constant_values=_UNKNOWN)
+        text = np.pad(text, MAX_ORDER, constant_values=UNKNOWN)
         steps = np.arange(MAX_ORDER)
         right = text[starts[at, None] + MAX_ORDER + 1 + steps]
         left = text[starts[at, None] + MAX_ORDER - 1 - steps]  # the nearest first
         for context in (left, right):
-            context[np.logical_or.accumulate(context == _UNKNOWN, axis=1)] = _UNKNOWN
+            context[np.logical_or.accumulate(context == UNKNOWN, axis=1)] = UNKNOWN
         number = np.searchsorted(batch["cu_seqlens"].numpy(), at, side="right") - 1
-        # [CLS] and [SEP] stand around every sequence, so that a masked token has neighbours
+        # [CLS] and [SEP] stand around every sequence, so that a masked token has neighbors
         parts.append(
             Targets(
                 labels[at], sequences[number], spelling.lengths[labels[at]], seen[at - 1], seen[at + 1], left[:, ::-1], right
@@ -133,16 +133,16 @@ class Baselines:
 
     - `unigram` guesses by the frequency of tokens.
     - `previous token` by what follows the token to the left.
-    - `both neighbours` by what follows the token to the left and precedes the one to the right, as if the two were
+    - `both neighbors` by what follows the token to the left and precedes the one to the right, as if the two were
       independent given the token.
     - `Markov model` by bases: the order-k model (interpolated over all lower orders, of both strands) of a token's
       bases given those before it, times that of the bases behind it given both; relative to its probability without
       any context, and times the token's frequency, which stands for how the tokenizer cuts.
 
-    A neighbour that is hidden too, or is no token, tells nothing: then the model has what is left.
+    A neighbor that is hidden too, or is no token, tells nothing: then the model has what is left.
 
     Args:
-        train: the text that is counted, at most its first `MAX_TOKENS`.
+        train: the text that is counted, at most `MAX_TOKENS` of it.
         tokenizer: of both texts.
         vocabulary, masking: how the hidden tokens are hidden, so that those the tuning needs are hidden alike.
     """
@@ -152,17 +152,19 @@ class Baselines:
     ):
         spelling, special_ids = Spelling(tokenizer), tokenizer.all_special_ids
         self._vocab_size = len(spelling.lengths)
-        stop = int(np.searchsorted(np.cumsum(train.lengths), MAX_TOKENS, side="right"))
-        numbers = np.arange(max(stop, 1))
-        is_tuning = numbers % _HELD_FOR_TUNING == _HELD_FOR_TUNING - 1
+        numbers = sample_sequences(train)
+        is_tuning = np.arange(len(numbers)) // _TUNING_BLOCK % 10 == 9
         if not is_tuning.any():
-            is_tuning[-1:] = True  # a text of few sequences is tuned on one that it counts too
-        fitted = ~is_tuning if not is_tuning.all() else is_tuning
-        self._fit, tune = (_Counts(train, numbers[chosen], spelling, special_ids) for chosen in (fitted, is_tuning))
-        self._full = self._fit + tune
+            is_tuning[-max(1, len(numbers) // 10) :] = True
+        fitted = is_tuning if is_tuning.all() else ~is_tuning  # a single sequence is tuned on itself
+        longest = longest_kmer(int(spelling.lengths[np.concatenate([train[i] for i in numbers])].sum()))
+        self._fit, tune, self._full = (
+            _Counts(train, numbers[chosen], spelling, special_ids, longest)
+            for chosen in (fitted, is_tuning, fitted | is_tuning)
+        )
 
-        wanted = np.cumsum(train.lengths[numbers[is_tuning]]) * masking.mlm_probability < TUNING_TARGETS
-        sample = numbers[is_tuning][: max(1, int(wanted.sum()))]
+        expected = masking.mlm_probability * train.lengths[numbers[is_tuning]].sum()
+        sample = numbers[is_tuning][:: max(1, int(expected // TUNING_TARGETS))]
         batch = PackedDataset(train, PackedCollator(tokenizer, vocabulary, masking))[MicroBatch(0, sample)][0]
         self._tuning = collect_targets([(batch, sample)], spelling, special_ids)
         self._previous = self._choose(_previous, itertools.product(_STRENGTHS))
@@ -182,7 +184,7 @@ class Baselines:
         models = {
             "unigram": lambda rows: np.tile(full.log_unigram, (len(targets.truth[rows]), 1)),
             "previous token": _previous(full, targets, *self._previous),
-            "both neighbours": _both(full, targets, *self._both),
+            "both neighbors": _both(full, targets, *self._both),
             f"Markov model of order {self._markov.order}": (
                 lambda rows: full.log_unigram + self._weight * self._markov.gain(targets.take(rows))
             ),
@@ -199,15 +201,17 @@ class Baselines:
 
 
 def _previous(counts: "_Counts", targets: Targets, strength: float) -> Model:
-    return lambda rows: counts.log_unigram + counts.neighbour(targets.left[rows], strength, side=0)
+    return lambda rows: counts.log_unigram + counts.neighbor(targets.left[rows], strength, side=0)
 
 
 def _both(counts: "_Counts", targets: Targets, strength: float, weight: float) -> Model:
     def model(rows: slice) -> np.ndarray:
         left, right = (
-            counts.neighbour(tokens[rows], strength, side) for side, tokens in enumerate((targets.left, targets.right))
+            counts.neighbor(tokens[rows], strength, side) for side, tokens in enumerate((targets.left, targets.right))
         )
-        return counts.log_unigram + weight * (left + right)
+        # two say the same in part; one alone counts whole
+        weights = np.where((targets.left[rows] >= 0) & (targets.right[rows] >= 0), weight, 1.0)[:, None]
+        return counts.log_unigram + weights * (left + right)
 
     return model
 
@@ -215,45 +219,36 @@ def _both(counts: "_Counts", targets: Targets, strength: float, weight: float) -
 class _Counts:
     """Counts of tokens, of adjacent tokens, and of k-mers on both strands."""
 
-    def __init__(self, split: TokenSplit, sequences: np.ndarray, spelling: Spelling, special_ids: list[int]):
+    def __init__(
+        self, split: TokenSplit, sequences: np.ndarray, spelling: Spelling, special_ids: list[int], longest: int
+    ):
         vocab_size = len(spelling.lengths)
         gap = np.array([-1])
         text = np.concatenate([part for i in sequences for part in (split[i].astype(np.int64), gap)])
-        self.spelling, self.special_ids = spelling, special_ids
-        self.unigrams = np.bincount(text[text >= 0], minlength=vocab_size)
+        self.special_ids = special_ids
+        unigrams = np.bincount(text[text >= 0], minlength=vocab_size)
         inside = (text[:-1] >= 0) & (text[1:] >= 0)
         codes, counts = np.unique(text[:-1][inside] * vocab_size + text[1:][inside], return_counts=True)
         self.pairs = np.zeros(vocab_size * vocab_size, dtype=np.int32)
         self.pairs[codes] = counts
         self.pairs = self.pairs.reshape(vocab_size, vocab_size)
         bases, _ = spelling.spell(np.where(text < 0, special_ids[0], text))
-        self.kmers = count_kmers(bases)
-        self._set_unigram()
-
-    def _set_unigram(self) -> None:
-        weights = self.unigrams + 1.0
-        weights[self.special_ids] = 0.0
+        self.kmers = count_kmers(bases, longest)
+        weights = unigrams + 1.0
+        weights[special_ids] = 0.0
         with np.errstate(divide="ignore"):
             self.log_unigram = np.log(weights / weights.sum()).astype(np.float32)
 
-    def __add__(self, other: "_Counts") -> "_Counts":
-        total = object.__new__(_Counts)
-        total.spelling, total.special_ids = self.spelling, self.special_ids
-        total.unigrams, total.pairs = self.unigrams + other.unigrams, self.pairs + other.pairs
-        total.kmers = [mine + theirs for mine, theirs in zip(self.kmers, other.kmers)]
-        total._set_unigram()
-        return total
+    def neighbor(self, neighbors: np.ndarray, strength: float, side: int) -> np.ndarray:
+        """log p(token | neighbor) / p(token), `[n, V]`; 0 where the neighbor is unknown.
 
-    def neighbour(self, neighbours: np.ndarray, strength: float, side: int) -> np.ndarray:
-        """log p(token | neighbour) / p(token), `[n, V]`; 0 where the neighbour is unknown.
-
-        The counts are drawn towards the unigram as if it had been seen `strength` times behind each neighbour.
+        The counts are drawn towards the unigram as if it had been seen `strength` times behind each neighbor.
         """
-        known = neighbours >= 0
-        pairs = (self.pairs if side == 0 else self.pairs.T)[neighbours[known]].astype(np.float32)
+        known = neighbors >= 0
+        pairs = (self.pairs if side == 0 else self.pairs.T)[neighbors[known]].astype(np.float32)
         unigram = np.exp(self.log_unigram)
         total = pairs.sum(1, keepdims=True)
-        gain = np.zeros((len(neighbours), len(unigram)), dtype=np.float32)
+        gain = np.zeros((len(neighbors), len(unigram)), dtype=np.float32)
         with np.errstate(divide="ignore", invalid="ignore"):
             gain[known] = np.log((pairs / unigram + strength) / (total + strength))
         gain[:, self.special_ids] = 0.0
@@ -265,22 +260,29 @@ def count_unigrams(split: TokenSplit, vocab_size: int) -> np.ndarray:
     return sum(np.bincount(tokens, minlength=vocab_size) for tokens, _ in split.shards)
 
 
-def count_kmers(bases: np.ndarray) -> list[np.ndarray]:
-    """Counts `[4^k]` of the k-mers of a text and of its reverse complement, for k = 1 to the longest that it can fill.
+def sample_sequences(split: TokenSplit) -> np.ndarray:
+    """Numbers of evenly spaced sequences with some `MAX_TOKENS` tokens; all, if they have no more."""
+    return np.arange(0, len(split), math.ceil(split.num_tokens / MAX_TOKENS) or 1)
+
+
+def longest_kmer(num_bases: int) -> int:
+    """The longest k-mers worth counting in so many bases: one base longer than those the text could hold once each."""
+    return min(MAX_ORDER, int(math.log(max(num_bases, 4), 4))) + 1
+
+
+def count_kmers(bases: np.ndarray, longest: int) -> list[np.ndarray]:
+    """Counts `[4^k]` of the k-mers of a text and of its reverse complement, for k = 1 to `longest`.
 
     Args:
         bases: codes 0 to 3, and 4 where the text is interrupted.
     """
-    reverse = np.where(bases == _UNKNOWN, _UNKNOWN, 3 - bases)[::-1]
-    text = np.concatenate([bases, [_UNKNOWN], reverse]).astype(np.int64)
-    known = int((bases != _UNKNOWN).sum())
-    longest = min(MAX_ORDER, int(math.log(max(known, 4), 4))) + 1
+    reverse = np.where(bases == UNKNOWN, UNKNOWN, 3 - bases)[::-1]
+    text = np.concatenate([bases, [UNKNOWN], reverse]).astype(np.int64)
     code, whole = np.zeros(len(text), dtype=np.int64), np.ones(len(text), dtype=bool)
     counts = []
     for k in range(1, longest + 1):  # k-mers that end at each base
-        start = len(text) - k + 1
-        code = (code[-start:] if k == 1 else code[:-1] * 4) + (text[k - 1 :] & 3)
-        whole = (whole if k == 1 else whole[:-1]) & (text[k - 1 :] != _UNKNOWN)
+        code = (code if k == 1 else code[:-1] * 4) + (text[k - 1 :] & 3)
+        whole = (whole if k == 1 else whole[:-1]) & (text[k - 1 :] != UNKNOWN)
         counts.append(np.bincount(code[whole], minlength=4**k).astype(np.int32))
     return counts
 
@@ -302,7 +304,7 @@ def choose_strengths(fit: list[np.ndarray], tune: list[np.ndarray]) -> list[floa
     """For each order, while it helps, the strength with which `fit` predicts `tune` best."""
     strengths: list[float] = []
     lowest = math.inf
-    for k in range(1, min(len(fit), len(tune))):
+    for k in range(1, len(fit)):
         seen = tune[k].reshape(-1, 4)
         losses = {
             strength: -(seen * np.log(markov_probabilities(fit[: k + 1], [*strengths, strength])[-1])).sum() / max(seen.sum(), 1)
@@ -330,23 +332,25 @@ class MarkovModel:
         # all orders behind one another: that of order k starts at (4^(k + 1) - 4) / 3
         self._logs = np.log(np.concatenate([table.ravel() for table in probabilities])).astype(np.float32)
         self._starts = np.array([(4 ** (k + 1) - 4) // 3 for k in range(self.order + 1)])
-        nothing = np.full((1, MAX_ORDER), _UNKNOWN, dtype=np.uint8)
+        nothing = np.full((1, MAX_ORDER), UNKNOWN, dtype=np.uint8)
         self._alone = self._chain(nothing, nothing)
 
     def gain(self, targets: Targets) -> np.ndarray:
         """log p(left, token, right) / p(left) p(token) for each target and token, but for a constant, `[n, V]`."""
         ordinary = self.spelling.ordinary
-        gain = np.zeros((len(targets.truth), len(self.spelling.lengths)), dtype=np.float32)
-        gain[:, ordinary] = self._chain(targets.left_bases, targets.right_bases) - self._alone
+        chain = self._chain(targets.left_bases, targets.right_bases) - self._alone
+        # what has no bases fits nowhere better than the worst of what has
+        gain = np.repeat(chain.min(1, keepdims=True), len(self.spelling.lengths), axis=1)
+        gain[:, ordinary] = chain
         return gain
 
     def _chain(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """log p(token's bases, then `right` | `left`) for each ordinary token, `[n, ordinary]`."""
         ordinary = self.spelling.ordinary
         lengths, bases = self.spelling.lengths[ordinary], self.spelling.bases[ordinary].astype(np.int64)
-        known = (left != _UNKNOWN).sum(1)
+        known = (left != UNKNOWN).sum(1)
         powers = 4 ** np.arange(left.shape[1])[::-1]
-        context = (np.where(left == _UNKNOWN, 0, left) * powers).sum(1) % 4**self.order
+        context = (np.where(left == UNKNOWN, 0, left) * powers).sum(1) % 4**self.order
         shape = len(left), len(ordinary)
         codes = np.broadcast_to(context[:, None], shape).copy()
         orders = np.broadcast_to(np.minimum(known, self.order)[:, None], shape).copy()
@@ -364,7 +368,7 @@ class MarkovModel:
             first = int(np.searchsorted(lengths, step + 1))
             read(slice(first, None), bases[first:, step])
         for step in range(min(right.shape[1], self.order)):
-            rows = np.flatnonzero(right[:, step] != _UNKNOWN)
+            rows = np.flatnonzero(right[:, step] != UNKNOWN)
             if len(rows):
                 read(slice(None), right[rows, step, None].astype(np.int64), rows)
         return total

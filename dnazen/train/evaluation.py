@@ -14,13 +14,14 @@ from dnazen.data.shards import TokenSplit
 from dnazen.files import InputError
 from dnazen.models import DNAZenForMaskedLM
 from dnazen.ngram.vocab import NgramVocabulary
-from dnazen.train.baselines import MAX_TOKENS, Baselines, Scores, Spelling, collect_targets
+from dnazen.train.baselines import UNKNOWN, Baselines, Scores, Spelling, collect_targets, sample_sequences
 from dnazen.train.metrics import Comparison, compare
 
 # the same in every run, whatever training masks: 15 % of the tokens, one by one, and all of them hidden
 HELD_OUT_MASKING = Masking(mlm_probability=0.15, whole_ngram=False, seed=0, mask_share=1.0, random_share=0.0)
 WANTED_TARGETS, MAX_MASKINGS = 20_000, 4
 OVERLAP_BASES = 31  # a stretch of so many that two texts share is no chance
+_STRETCH_BASES = 2040  # of a genome, as long as the longest piece of a corpus
 _FEWEST_APART = 10  # sequences for which an interval means something
 
 
@@ -108,6 +109,9 @@ def evaluate_split(
         PackedDataset(split, PackedCollator(tokenizer, vocabulary, HELD_OUT_MASKING, shown)) for shown in (use_ngrams, False)
     )
     spelling, special_ids = Spelling(tokenizer), tokenizer.all_special_ids
+    pieces = np.concatenate(split.pieces)
+    # both strands of a piece, and its halves, are no independent evidence
+    _, stretch = np.unique([pieces["record"], pieces["start"] // _STRETCH_BASES], axis=1, return_inverse=True)
     baselines = Baselines(train, tokenizer, vocabulary, HELD_OUT_MASKING)
 
     def compare_on(candidates: np.ndarray) -> Comparison | None:
@@ -117,49 +121,52 @@ def evaluate_split(
         targets = collect_targets(batches, spelling, special_ids)
         if not len(targets.truth):
             return None
+        targets = targets._replace(sequence=stretch[targets.sequence])
         scores = score_model(model, dataset, micro_batches)
         without_ngrams = score_model(model, blind, micro_batches) if use_ngrams else None
         return compare(name, scores, baselines.score(targets), targets, without_ngrams)
 
-    shared, total = _count_shared(train, split, spelling, special_ids)
-    apart = np.flatnonzero(shared == 0)
+    looked_at, shared, total = _count_shared(train, split, spelling, special_ids)
+    apart = looked_at[shared == 0]
     comparison = compare_on(np.arange(len(split)))
     if comparison is None:
         raise InputError(f"too little held out to evaluate on: of {split.num_tokens:,} tokens none would be hidden")
     return Evaluation(
         comparison,
-        compare_on(apart) if _FEWEST_APART <= len(apart) < len(shared) else None,
+        compare_on(apart) if _FEWEST_APART <= len(apart) < len(looked_at) else None,
         float(shared.sum() / max(total.sum(), 1)),
     )
 
 
 def _count_shared(
     train: TokenSplit, split: TokenSplit, spelling: Spelling, special_ids: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of each sequence: stretches of `OVERLAP_BASES` bases that the training text has, and all.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The sequences that were looked at; of each, the stretches of `OVERLAP_BASES` bases that the training text has; and all.
 
-    Of either text the first `MAX_TOKENS` are looked at.
+    Of either text some `MAX_TOKENS` tokens are looked at, evenly spaced.
     """
 
     def stretches(text: TokenSplit) -> tuple[np.ndarray, np.ndarray]:
-        count = max(1, int(np.searchsorted(np.cumsum(text.lengths), MAX_TOKENS, side="right")))
-        parts = [part for number in range(count) for part in (text[number].astype(np.int64), [special_ids[0]])]
+        parts = [part for i in sample_sequences(text) for part in (text[i].astype(np.int64), [special_ids[0]])]
         bases, _ = spelling.spell(np.concatenate(parts))
         forward, backward = np.zeros((2, max(len(bases) - OVERLAP_BASES + 1, 0)), dtype=np.int64)
         whole = np.ones(len(forward), dtype=bool)
         for offset in range(OVERLAP_BASES):
             window = bases[offset : offset + len(forward)]
-            whole &= window != 4
+            whole &= window != UNKNOWN
             forward = forward * 4 + (window & 3)
             backward += (3 - (window.astype(np.int64) & 3)) << (2 * offset)
         # a special token ends each sequence, so that the number of those before a stretch is its sequence's
-        number = np.cumsum(bases == 4)[: len(forward)]
+        number = np.cumsum(bases == UNKNOWN)[: len(forward)]
         return np.minimum(forward, backward)[whole], number[whole]
 
     known = np.unique(stretches(train)[0])
     codes, number = stretches(split)
-    total = np.bincount(number)
-    return np.bincount(number[np.isin(codes, known)], minlength=len(total)), total
+    looked_at = sample_sequences(split)
+    shared, total = (
+        np.bincount(chosen, minlength=len(looked_at)) for chosen in (number[np.isin(codes, known)], number)
+    )
+    return looked_at, shared, total
 
 
 def evaluation_record(evaluation: Evaluation, text: str) -> dict[str, Any]:

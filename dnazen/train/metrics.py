@@ -8,6 +8,7 @@ import numpy as np
 from dnazen.train.baselines import Scores, Targets
 
 _RESAMPLES = 2_000
+_FEWEST_SEQUENCES = 10  # for which an interval means something
 _WITHOUT_NGRAMS = "its G-grams hidden"
 
 
@@ -60,7 +61,9 @@ class Comparison(NamedTuple):
         """What the figures show, in a sentence or two."""
         name = next(iter(self.scores))
         gain = self.advantage
-        if gain.low > 0:
+        if self.num_sequences < _FEWEST_SEQUENCES:
+            text = f"{self.num_sequences} sequences are too few to tell {name} from counting."
+        elif gain.low > 0:
             text = f"{name} predicts hidden tokens better than counting: {gain.mean:.4f} bits per base"
             text += f" ({gain.low:.4f} to {gain.high:.4f}) below the best baseline, {self.best_baseline}."
         elif gain.high < 0:
@@ -71,10 +74,10 @@ class Comparison(NamedTuple):
         else:
             text = f"{name} and the best baseline, {self.best_baseline}, cannot be told apart on so few hidden tokens:"
             text += f" a difference of {gain.mean:.4f} bits per base ({gain.low:.4f} to {gain.high:.4f})."
-        if self.ngram_advantage is not None:
+        if self.ngram_advantage is not None and self.num_sequences >= _FEWEST_SEQUENCES:
             hidden = self.ngram_advantage
-            effect = "no difference" if hidden.low <= 0 <= hidden.high else "worse" if hidden.mean > 0 else "better"
-            text += f"\nWithout its G-grams: {effect}, {hidden.mean:+.5f} bits per base ({hidden.low:+.5f} to {hidden.high:+.5f})."
+            effect = "no difference that could be told" if hidden.low <= 0 <= hidden.high else "worse" if hidden.mean > 0 else "better"
+            text += f"\nWith its G-grams hidden: {effect}, {hidden.mean:+.5f} bits per base ({hidden.low:+.5f} to {hidden.high:+.5f})."
         return text
 
     def _has_learnt_no_order(self) -> bool:
@@ -95,8 +98,8 @@ def compare(
 ) -> Comparison:
     """Hold a model against counting.
 
-    Intervals are 95 % percentile bootstrap intervals over sequences, for the tokens of one are not independent; the same
-    resamples for all, so that differences are paired.
+    Intervals are 95 % percentile bootstrap intervals over `targets.sequence`, for the tokens of one sequence are not
+    independent; the same resamples for all, so that differences are paired.
 
     Args:
         name: of the model.

@@ -47,10 +47,10 @@ def start_from_data(model: DNAZenForMaskedLM, corpus: Corpus, vocabulary: NgramV
     words[model.config.mask_token_id] = 0.0
     model.bert.embeddings.token_type_embeddings.weight.zero_()
 
-    embeddings = model.bert.embeddings
-    for distance, layer in zip(embeddings.distances, embeddings.neighbor_layers if embeddings.distances else ()):
-        if abs(distance) > 1:
-            layer.weight.zero_()
+    if distances := model.bert.embeddings.distances:
+        for distance, layer in zip(distances, model.bert.embeddings.neighbor_layers):
+            if abs(distance) > 1:
+                layer.weight.zero_()
 
     counts = count_unigrams(corpus.train, len(tokenizer)) + 1.0
     model.get_output_embeddings().bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))

@@ -229,7 +229,8 @@ class PretrainingTrainer(Trainer):
         """Add to the loss of hidden targets: those shown as they are, or as another token, tell nothing of prediction."""
         positions = inputs["masked_positions"]
         hidden = inputs["input_ids"].index_select(0, positions) == self.processing_class.mask_token_id
-        losses, _ = score_logits(outputs.logits, inputs["labels"].index_select(0, positions))
+        labels = inputs["labels"].index_select(0, positions)
+        losses = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="none")
         self._hidden += torch.stack([(losses * hidden).sum(), hidden.sum()])
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None) -> float:
@@ -297,7 +298,7 @@ class PretrainingTrainer(Trainer):
             tokens, ordinary, masked, dropped = counts.tolist()
             hidden_loss, hidden = self._sum_over_processes(self._hidden).tolist()
             self._hidden.zero_()
-            logs |= {"hidden_loss": hidden_loss / max(hidden, 1)}
+            logs |= {"hidden_loss": hidden_loss / hidden} if hidden else {}
             logs |= {"tokens_per_second": tokens / seconds, "mask_rate": masked / max(ordinary, 1)}
             if self.vocabulary.max_ngrams is not None:
                 logs["ngrams_cut"] = dropped

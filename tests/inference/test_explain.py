@@ -48,7 +48,9 @@ def plain(model_folder):
                 ngram = tuple(ids[at : at + length])
                 if len(ngram) == length and ngram in owners:
                     found.setdefault(ngram, []).append((bounds[at], bounds[at + length]))
-        states = model.ngram_embeddings(torch.tensor([owners[ngram] for ngram in found], dtype=torch.long))
+        states = model.ngram_embeddings(
+            torch.tensor([owners[ngram] for ngram in found], dtype=torch.long), torch.tensor([0, len(found)])
+        )
         received = []
         for layer in model.encoder.ngram_layers:
             attention = layer.attention.self

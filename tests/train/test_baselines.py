@@ -84,7 +84,7 @@ def bases(codes) -> str:
 def test_kmers_are_those_of_both_strands(text):
     codes = np.array(["ACGTN".index(base) for base in text], dtype=np.uint8)
     reverse = text[::-1].translate(str.maketrans("ACGT", "TGCA"))
-    for k, counts in enumerate(count_kmers(codes), start=1):
+    for k, counts in enumerate(count_kmers(codes, 5), start=1):
         windows = (strand[i : i + k] for strand in (text, reverse) for i in range(len(text) - k + 1))
         expected = Counter(window for window in windows if "N" not in window)
         found = {i: n for i, n in enumerate(counts.tolist()) if n}
@@ -95,8 +95,8 @@ def test_kmers_are_those_of_both_strands(text):
 def test_markov_probabilities_of_each_context_sum_to_one(corpus):
     spelling = Spelling(corpus.tokenizer)
     text, _ = spelling.spell(np.concatenate([corpus.train[i].astype(np.int64) for i in range(50)]))
-    kmers = count_kmers(text)
-    strengths = choose_strengths(kmers, count_kmers(text[:5000]))
+    kmers = count_kmers(text, 7)
+    strengths = choose_strengths(kmers, count_kmers(text[:5000], 7))
     for order, table in enumerate(markov_probabilities(kmers, strengths)):
         assert table.shape == (4**order, 4)
         np.testing.assert_allclose(table.sum(1), 1.0, rtol=1e-12)
@@ -106,7 +106,7 @@ def test_markov_model_multiplies_what_a_walk_over_the_bases_multiplies(corpus, t
     """log p(left, token, right) - log p(left) - log p(token), base by base in plain Python."""
     spelling, spelled = Spelling(corpus.tokenizer), spell_tokens(corpus.tokenizer)
     text, _ = spelling.spell(np.concatenate([corpus.train[i].astype(np.int64) for i in range(50)]))
-    tables = markov_probabilities(count_kmers(text), [10.0, 30.0, 100.0])
+    tables = markov_probabilities(count_kmers(text, 4), [10.0, 30.0, 100.0])
     some = targets.take(slice(0, 12))
     gain = MarkovModel(tables, spelling).gain(some)
 
@@ -160,12 +160,12 @@ def test_token_baselines_equal_slow_counting(prepared, corpus, targets):
     distances = [np.abs(found - candidate).max() for candidate in candidates]
     assert min(distances) < 1e-4
     assert sum(distance < 1e-4 for distance in distances) == 1
-    assert scores["both neighbours"].loss.mean() < scores["previous token"].loss.mean() < scores["unigram"].loss.mean()
+    assert scores["both neighbors"].loss.mean() < scores["previous token"].loss.mean() < scores["unigram"].loss.mean()
     for row in scores.values():
         assert np.isfinite(row.loss).all() and len(row.loss) == len(row.correct) == len(targets.truth)
 
 
-def test_a_target_between_unknown_neighbours_has_the_unigram(prepared, corpus, targets):
+def test_a_target_between_unknown_neighbors_has_the_unigram(prepared, corpus, targets):
     blind = Targets(
         targets.truth, targets.sequence, targets.length, np.full_like(targets.left, -1), np.full_like(targets.right, -1),
         np.full_like(targets.left_bases, UNKNOWN), np.full_like(targets.right_bases, UNKNOWN),

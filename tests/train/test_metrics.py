@@ -53,8 +53,8 @@ def test_differences_are_paired():
     targets = make_targets()
     baseline = scores(4.0, 0, targets)
     model = Scores(baseline.loss - 0.01, baseline.correct)
-    comparison = compare("model", model, {"unigram": scores(5.0, 1, targets), "both neighbours": baseline}, targets)
-    assert comparison.best_baseline == "both neighbours"
+    comparison = compare("model", model, {"unigram": scores(5.0, 1, targets), "both neighbors": baseline}, targets)
+    assert comparison.best_baseline == "both neighbors"
     own = comparison.scores["model"].bits_per_base
     assert own.high - own.low > 10 * (comparison.advantage.high - comparison.advantage.low)
     assert comparison.advantage.mean == pytest.approx(0.01 / math.log(2) / 4)
@@ -78,7 +78,7 @@ def test_the_verdict_says_what_the_intervals_show(model, unigram, best, words):
     apart = np.where(targets.sequence % 2, 0.3, -0.3)
     row = base if model == unigram else both if model == best else scores(model, 2, targets)
     row = Scores(row.loss + apart * (model in (unigram, best)), row.correct)
-    comparison = compare("model", row, {"unigram": base, "both neighbours": both}, targets)
+    comparison = compare("model", row, {"unigram": base, "both neighbors": both}, targets)
     assert all(word in comparison.verdict() for word in words)
     assert ("learnt nothing" in comparison.verdict()) == ("of their order it has learnt nothing yet" in words)
 
@@ -88,7 +88,14 @@ def test_what_ngrams_are_worth_is_said_beside():
     model = scores(4.0, 0, targets)
     worse = Scores(model.loss + 0.1, model.correct)
     comparison = compare("model", model, {"unigram": scores(5.0, 1, targets)}, targets, without_ngrams=worse)
-    assert comparison.ngram_advantage.low > 0 and "Without its G-grams: worse" in comparison.verdict()
+    assert comparison.ngram_advantage.low > 0 and "With its G-grams hidden: worse" in comparison.verdict()
     assert "model, its G-grams hidden" in comparison.table()
     plain = json.loads(json.dumps(comparison.to_json()))
     assert plain["scores"]["unigram"]["bits_per_base"]["mean"] == comparison.scores["unigram"].bits_per_base.mean
+
+
+def test_few_sequences_are_not_judged():
+    targets = make_targets(sequences=3)
+    baseline = scores(4.0, 0, targets)
+    comparison = compare("model", Scores(baseline.loss - 1, baseline.correct), {"unigram": baseline}, targets)
+    assert comparison.verdict() == "3 sequences are too few to tell model from counting."
