@@ -1,7 +1,8 @@
 """Embeddings and layers of E4BU and of the G-gram encoder, and the two fused layer by layer.
 
-Every module but the embeddings works on the last dimension alone, so it takes packed `[T, H]` and padded `[B, S, H]` alike;
-what depends on the layout (attention, and the fusion with the LayerNorm before it) is handed in. `config` has DNAZenConfig's fields.
+Every module but the embeddings works on the last dimension alone, so it takes packed `[T, H]` and padded `[B, S, H]`
+alike; what depends on the layout (attention, and the fusion with the LayerNorm before it) is handed in. `config` has
+DNAZenConfig's fields.
 """
 
 from collections import OrderedDict
@@ -18,9 +19,9 @@ from dnazen.layers.fusion import AddNorm, ResidualLayerNorm
 class Embeddings(nn.Module):
     """Word embedding plus row 0 of the token types, LayerNorm, dropout.
 
-    With `neighbor_window` w, the w words on either side of each are added to it, each through a matrix of its distance. ALiBi
-    (which depends on |i - j|) and the absence of other positions leave a model no other way to tell left from right but by
-    the distance to [CLS] and [SEP].
+    With `neighbor_window` w, the w words on either side of each are added to it, each through a matrix of its distance.
+    ALiBi (which depends on |i - j|) and the absence of other positions leave a model no other way to tell left from right
+    but by the distance to [CLS] and [SEP].
     """
 
     def __init__(self, config, vocab_size: int, neighbor_window: int = 0) -> None:

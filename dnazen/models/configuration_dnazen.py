@@ -91,9 +91,8 @@ class DNAZenConfig(PreTrainedConfig):
 
         for name in ("vocab_size", "ngram_vocab_size", "type_vocab_size", *_SIZE_FIELDS):
             check(is_number(name, (int,)) and getattr(self, name) >= 1, name, "an integer of at least 1")
-        check(
-            is_number("neighbor_window", (int,)) and self.neighbor_window >= 0, "neighbor_window", "an integer of at least 0"
-        )
+        is_window = is_number("neighbor_window", (int,)) and self.neighbor_window >= 0
+        check(is_window, "neighbor_window", "an integer of at least 0")
         heads, layers, cap = self.num_attention_heads, self.num_hidden_layers, self.max_ngram_count
         check(self.hidden_size % heads == 0, "hidden_size", f"a multiple of num_attention_heads {heads}")
         check(

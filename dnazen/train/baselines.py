@@ -306,10 +306,10 @@ def choose_strengths(fit: list[np.ndarray], tune: list[np.ndarray]) -> list[floa
     lowest = math.inf
     for k in range(1, len(fit)):
         seen = tune[k].reshape(-1, 4)
-        losses = {
-            strength: -(seen * np.log(markov_probabilities(fit[: k + 1], [*strengths, strength])[-1])).sum() / max(seen.sum(), 1)
-            for strength in _STRENGTHS
-        }
+        losses = {}
+        for strength in _STRENGTHS:
+            probabilities = markov_probabilities(fit[: k + 1], [*strengths, strength])[-1]
+            losses[strength] = -(seen * np.log(probabilities)).sum() / max(seen.sum(), 1)
         best = min(losses, key=losses.__getitem__)
         if losses[best] >= lowest:
             break

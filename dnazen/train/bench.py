@@ -38,8 +38,8 @@ def training_flops(config: DNAZenConfig, lengths: np.ndarray, ngram_lengths: np.
 
     A multiply-add counts 2, the backward twice the forward. Per token E4BU owes `4 H^2 + 3 H F` multiply-adds in a layer
     and, in attention, `2 H n` where n is the length of its sequence; the G-gram encoder `4 H^2 + 2 H F` per G-gram and as
-    much attention; `2 w H^2` per token if w neighbors on either side enter its embedding; the head `H^2 + H V` per masked token. Nothing is owed to padding, nor for embeddings, norms, the
-    fusion or what is computed twice.
+    much attention; the embeddings `2 w H^2` per token if w neighbors on either side enter; the head `H^2 + H V` per
+    masked token. Nothing is owed to padding, nor for looking up, norms, the fusion or what is computed twice.
 
     Args:
         config: the model's sizes.

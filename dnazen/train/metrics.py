@@ -1,4 +1,4 @@
-"""What a training result is judged by: hidden tokens, bits per base, intervals, and words that claim no more than they show."""
+"""What a training result is judged by: hidden tokens, bits per base, intervals, and words that claim no more."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,8 +76,9 @@ class Comparison(NamedTuple):
             text += f" a difference of {gain.mean:.4f} bits per base ({gain.low:.4f} to {gain.high:.4f})."
         if self.ngram_advantage is not None and self.num_sequences >= _FEWEST_SEQUENCES:
             hidden = self.ngram_advantage
-            effect = "no difference that could be told" if hidden.low <= 0 <= hidden.high else "worse" if hidden.mean > 0 else "better"
-            text += f"\nWith its G-grams hidden: {effect}, {hidden.mean:+.5f} bits per base ({hidden.low:+.5f} to {hidden.high:+.5f})."
+            effect = "worse" if hidden.low > 0 else "better" if hidden.high < 0 else "no difference that could be told"
+            text += f"\nWith its G-grams hidden: {effect}, {hidden.mean:+.5f} bits per base"
+            text += f" ({hidden.low:+.5f} to {hidden.high:+.5f})."
         return text
 
     def _has_learnt_no_order(self) -> bool:

@@ -61,7 +61,8 @@ def ngram_masking(
     A token is drawn where it is ordinary and `random[:, 0] < mlm_probability`. A G-gram that covers a drawn token is
     hit, and all tokens of all hit G-grams are masked: one hop. G-grams that cover *any* masked token are removed,
     hit or not, since their states would tell the masked token. Of the masked tokens, those with `random[:, 1]` below
-    `mask_share` become [MASK], those below `mask_share + random_share` an entry of `ordinary_ids` chosen by `random[:, 2]`, and the rest stay.
+    `mask_share` become [MASK], those below `mask_share + random_share` an entry of `ordinary_ids` chosen by
+    `random[:, 2]`, and the rest stay.
 
     All implementations return the same integers. The shapes follow from those of the inputs alone, so "triton" never
     waits for the device and a captured or compiled step can hold it. It launches 6 kernels and 2 scans (4, 2 and a copy

@@ -91,9 +91,8 @@ def test_parameter_counts(size, count):
     embeddings = (4096 + 162708 + 2 * 2) * hidden + 2 * norm
     head = hidden * hidden + hidden + norm + 4096
     neighbors = 2 * config.neighbor_window * hidden * hidden
-    by_hand = (
-        embeddings + neighbors + head + config.num_hidden_layers * token_layer + config.num_hidden_ngram_layers * ngram_layer
-    )
+    layers = config.num_hidden_layers * token_layer + config.num_hidden_ngram_layers * ngram_layer
+    by_hand = embeddings + neighbors + head + layers
     assert model.num_parameters() == by_hand == (count or by_hand)
     assert set(SIZES[size]) <= set(config.to_dict())
     # The sizes as the paper quotes them, to their precision.
