@@ -7,8 +7,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM, DNAZenForSequenceClassification, DNAZenModel
 
 
-def test_initialisation_is_berts():
-    model = DNAZenForMaskedLM(DNAZenConfig.from_size("tiny", ngram_vocab_size=2000))
+@pytest.mark.parametrize("spread", [0.02, 0.09])
+def test_initialisation_is_berts(spread):
+    """Normal, of the spread that the configuration names; 0.02 is BERT's own."""
+    config = DNAZenConfig.from_size("tiny", ngram_vocab_size=2000, initializer_range=spread)
+    assert DNAZenConfig().initializer_range == 0.02
+    model = DNAZenForMaskedLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert not parameter.any(), name
@@ -16,8 +20,8 @@ def test_initialisation_is_berts():
             assert (parameter == 1).all(), name
         elif parameter.numel() > 10_000:
             # The standard deviation of n draws has a relative error of 1 / sqrt(2 n): 5 sigma at 10,000 is 0.035.
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.035), name
-            assert parameter.mean().item() == pytest.approx(0, abs=0.02 * 5 / 100), name
+            assert parameter.std().item() == pytest.approx(spread, rel=0.035), name
+            assert parameter.mean().item() == pytest.approx(0, abs=spread * 5 / 100), name
     assert model.bert.ngram_embeddings.word_embeddings.weight[0].any()
     assert model.bert.embeddings.word_embeddings.weight[0].any()
 
