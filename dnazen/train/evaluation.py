@@ -15,14 +15,13 @@ from dnazen.files import InputError
 from dnazen.models import DNAZenForMaskedLM
 from dnazen.ngram.vocab import NgramVocabulary
 from dnazen.train.baselines import UNKNOWN, Baselines, Scores, Spelling, collect_targets, sample_sequences
-from dnazen.train.metrics import Comparison, compare
+from dnazen.train.metrics import FEWEST_SEQUENCES, Comparison, compare
 
 # the same in every run, whatever training masks: 15 % of the tokens, one by one, and all of them hidden
 HELD_OUT_MASKING = Masking(mlm_probability=0.15, whole_ngram=False, seed=0, mask_share=1.0, random_share=0.0)
 WANTED_TARGETS, MAX_MASKINGS = 20_000, 4
 OVERLAP_BASES = 31  # a stretch of so many that two texts share is no chance
 _STRETCH_BASES = 2040  # of a genome, as long as the longest piece of a corpus
-_FEWEST_APART = 10  # sequences for which an interval means something
 
 
 def choose_sequences(split: TokenSplit, candidates: np.ndarray | None = None) -> tuple[np.ndarray, int]:
@@ -133,7 +132,7 @@ def evaluate_split(
         raise InputError(f"too little held out to evaluate on: of {split.num_tokens:,} tokens none would be hidden")
     return Evaluation(
         comparison,
-        compare_on(apart) if _FEWEST_APART <= len(apart) < len(looked_at) else None,
+        compare_on(apart) if FEWEST_SEQUENCES <= len(apart) < len(looked_at) else None,
         float(shared.sum() / max(total.sum(), 1)),
     )
 

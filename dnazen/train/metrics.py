@@ -8,7 +8,7 @@ import numpy as np
 from dnazen.train.baselines import Scores, Targets
 
 _RESAMPLES = 2_000
-_FEWEST_SEQUENCES = 10  # for which an interval means something
+FEWEST_SEQUENCES = 10  # for which an interval means something
 _WITHOUT_NGRAMS = "its G-grams hidden"
 
 
@@ -61,7 +61,7 @@ class Comparison(NamedTuple):
         """What the figures show, in a sentence or two."""
         name = next(iter(self.scores))
         gain = self.advantage
-        if self.num_sequences < _FEWEST_SEQUENCES:
+        if self.num_sequences < FEWEST_SEQUENCES:
             text = f"{self.num_sequences} sequences are too few to tell {name} from counting."
         elif gain.low > 0:
             text = f"{name} predicts hidden tokens better than counting: {gain.mean:.4f} bits per base"
@@ -74,7 +74,7 @@ class Comparison(NamedTuple):
         else:
             text = f"{name} and the best baseline, {self.best_baseline}, cannot be told apart on so few hidden tokens:"
             text += f" a difference of {gain.mean:.4f} bits per base ({gain.low:.4f} to {gain.high:.4f})."
-        if self.ngram_advantage is not None and self.num_sequences >= _FEWEST_SEQUENCES:
+        if self.ngram_advantage is not None and self.num_sequences >= FEWEST_SEQUENCES:
             hidden = self.ngram_advantage
             effect = "worse" if hidden.low > 0 else "better" if hidden.high < 0 else "no difference that could be told"
             text += f"\nWith its G-grams hidden: {effect}, {hidden.mean:+.5f} bits per base"
