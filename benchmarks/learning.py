@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from benchmarks import lever as unflagged
 from benchmarks.yeast import BIN, ROOT, call, commit, pretrain, processor
 from dnazen.data.shards import Corpus
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
@@ -48,16 +49,21 @@ LEVERS: dict[str, dict[str, dict[str, Any]]] = {
     "sub-layers' outputs at a hundredth": {"flags": {"residual_learning_rate": 0.01}},
     "rate 1e-3": {"flags": {"learning_rate": 1e-3}},
     "rate 1e-2": {"flags": {"learning_rate": 1e-2}},
+    "no warm-up": {"flags": {"warmup_steps": 0}},
+    "warm-up for a fifth of the steps": {"flags": {"warmup_steps": 0.2}},
     "15 % of tokens masked": {"flags": {"mlm_probability": 0.15}},
     "80/10/10": {"flags": {"mask_share": 0.8}},
     "whole G-grams masked": {"flags": {"whole_ngram_masking": True}},
     "drop-out 0.1": {"model": {"hidden_dropout_prob": 0.1}},
     "initial spread 0.02": {"model": {"initializer_range": 0.02}},
     "4 layers": {"model": {"num_hidden_layers": 4, "num_hidden_ngram_layers": 2}},
+    "192 wide, 6 heads": {"model": {"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 768}},
+    "1024 tokens a step": {"flags": {"max_batch_tokens": 1024}},
     "8192 tokens a step": {"flags": {"max_batch_tokens": 8192}},
     "vocabulary 256": {"corpus": {"vocab-size": 256}},
     "vocabulary 4096": {"corpus": {"vocab-size": 4096}},
     "both strands": {"corpus": {"reverse-complement": True}},
+    **{name: {} for name in unflagged.LEVERS},
 }  # fmt: skip
 SEEDS = (1, 2, 3)
 TOKENS = 1_090_000
@@ -117,7 +123,10 @@ def main() -> None:
         flags["max_steps"] = TOKENS // flags["max_batch_tokens"]
         if not (folder / "report.json").exists():
             launcher = [BIN / "deepspeed", "--num_gpus", 1, "--master_port", 29800 + number]
-            pretrain(launcher, data / "corpus", data / "ngrams", folder, model=model, seed=seed, eval_steps=250, **flags)
+            script = "dnazen/pretrain.py"
+            if name in unflagged.LEVERS:
+                script, flags["lever"] = "benchmarks/lever.py", name
+            pretrain(launcher, data / "corpus", data / "ngrams", folder, script, model=model, seed=seed, eval_steps=250, **flags)
         report = json.loads((folder / "report.json").read_text())
         scores = report["held_out"]["scores"]
         return {

@@ -38,10 +38,17 @@ def call(*line: object) -> float:
     return round(time.perf_counter() - started, 1)
 
 
-def pretrain(launcher: list[object], corpus: Path, ngrams: Path, output_dir: Path, **arguments: object) -> float:
+def pretrain(
+    launcher: list[object],
+    corpus: Path,
+    ngrams: Path,
+    output_dir: Path,
+    script: str = "dnazen/pretrain.py",
+    **arguments: object,
+) -> float:
     """One run of the entry point under ZeRO-2; returns its seconds."""
     flags = [word for name, value in arguments.items() for word in (f"--{name}", value)]
-    line = [*launcher, ROOT / "dnazen/pretrain.py", "--deepspeed", ROOT / "ds_configs/zero2.json"]
+    line = [*launcher, ROOT / script, "--deepspeed", ROOT / "ds_configs/zero2.json"]
     return call(*line, "--corpus", corpus, "--ngrams", ngrams, "--output_dir", output_dir, "--disable_tqdm", True, *flags)
 
 
