@@ -10,6 +10,10 @@ from pathlib import Path
 # the launcher puts this folder first on the path, where `data`, `models`, ... would shadow other packages
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
+from dnazen.environment import grow_memory_segments  # noqa: E402
+
+grow_memory_segments()
+
 from dnazen.train.run import main  # noqa: E402
 from dnazen.train.script import exit_process  # noqa: E402
 

@@ -14,6 +14,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from dnazen.finetune.model import Encoded, Encoder, predict_logits
 from dnazen.finetune.tasks import Task
+from dnazen.train.gradients import NormAtOnce
 
 
 class FinetuningTrainer(Trainer):
@@ -40,6 +41,7 @@ class FinetuningTrainer(Trainer):
 
         dataset = list(zip(train[0].input_ids, train[0].labels(task, train[1]), strict=True))
         super().__init__(train_dataset=dataset, eval_dataset=dev[0].input_ids, data_collator=collate_rows, **kwargs)
+        self.add_callback(NormAtOnce())
         self.encoder, self.task = encoder, task
         self.dev_labels = task.stack(dev[0].labels(task, dev[1]))
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=self.args.device)

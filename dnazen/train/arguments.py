@@ -30,7 +30,7 @@ RECIPES = {
     "tiny": Recipe(2048, 3e-3, 0.4, 1.0, False, "data", 0.1),
     "base": Recipe(65536, 5e-4),
     "large": Recipe(32768, 4e-4),
-    "xlarge": Recipe(4096, 2e-4),
+    "xlarge": Recipe(8192, 2e-4),
 }
 
 _PACKED = "has no effect: batches are packed by tokens; use --max_batch_tokens"
@@ -178,6 +178,8 @@ class PretrainingArguments(TrainingArguments):
     save_total_limit: int | None = 3
     # a loss that is not finite must stop the run, not be averaged away
     logging_nan_inf_filter: bool = False
+    # every parameter has a gradient in every step, also where there are no G-grams
+    ddp_find_unused_parameters: bool = False
     # a GPU must not wait while the next batch is read
     dataloader_num_workers: int = field(
         default_factory=lambda: 2 if torch.cuda.is_available() else 0,

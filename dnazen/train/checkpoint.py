@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from dnazen.files import InputError, read_json, sha256_file, write_json
@@ -200,3 +201,15 @@ def convert_to_universal(checkpoint: Path) -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{checkpoint}: conversion to a universal checkpoint failed:\n{result.stderr[-2000:]}")
+
+
+def separate_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter a step counter of its own, on the device where the optimizer reads it.
+
+    DeepSpeed sets a loaded state past `Optimizer.load_state_dict`, which moves counters to the parameter's device if the
+    optimizer is fused or capturable: its kernel reads them there, and would read a pointer to the host's memory.
+    """
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    for parameter, state in optimizer.state.items():
+        device = parameter.device if on_device else state["step"].device
+        state["step"] = state["step"].to(device, copy=True)

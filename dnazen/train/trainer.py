@@ -29,8 +29,10 @@ from dnazen.train.checkpoint import (
     convert_to_universal,
     rotate_checkpoints,
     seal_checkpoint,
+    separate_steps,
 )
 from dnazen.train.evaluation import choose_sequences, evaluation_batches, score_logits
+from dnazen.train.gradients import NormAtOnce
 from dnazen.train.start import is_residual_output
 
 Batch = dict[str, torch.Tensor | int]
@@ -117,6 +119,7 @@ class PretrainingTrainer(Trainer):
         # loss and number of the hidden targets of this process since the last log
         self._hidden = torch.zeros(2, dtype=torch.float64, device=args.device)
         self.add_callback(FinishWhole())
+        self.add_callback(NormAtOnce())
         self._universal = (
             self.is_deepspeed_enabled
             and checkpoint is not None
@@ -339,9 +342,8 @@ class PretrainingTrainer(Trainer):
         rates = self.lr_scheduler.get_last_lr()
         for group, weight_decay, rate in zip(self.optimizer.param_groups, self._weight_decays, rates, strict=True):
             group["weight_decay"], group["lr"] = weight_decay, rate
-        # ... and under ZeRO-3 one step counter, shared by all groups and so advanced by each of them
-        for state in self.model_wrapped.optimizer.optimizer.state.values():
-            state["step"] = state["step"].clone()
+        # ... and under ZeRO-3 one step counter, shared by all groups and so advanced by each of them; on the CPU, too
+        separate_steps(self.model_wrapped.optimizer.optimizer)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)

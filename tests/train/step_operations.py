@@ -1,0 +1,60 @@
+"""Under torchrun: operations of an optimizer step of the base model under ZeRO-2 in bf16, as JSON: ours, DeepSpeed's own.
+
+They depend on the number of parameters, not on their width, which is small here. Views are not counted: they launch nothing.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import deepspeed
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
+from dnazen.train.gradients import NormAtOnce
+
+CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
+
+
+class CountLaunches(TorchDispatchMode):
+    """Counts operations that compute something."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aliases = [value.alias_info for value in func._schema.returns]
+        self.count += not aliases or any(alias is None or alias.is_write for alias in aliases)
+        return func(*args, **(kwargs or {}))
+
+
+def count(at_once: bool) -> int:
+    """Operations of the second step, the first that makes no states."""
+    config = DNAZenConfig.from_size(
+        "base", vocab_size=64, ngram_vocab_size=32, hidden_size=24, num_attention_heads=12, intermediate_size=24
+    )
+    model = DNAZenForMaskedLM(config)
+    vectors, matrices = ([p for p in model.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (False, True))
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    settings = json.loads(CONFIG.read_text()) | {
+        "bf16": {"enabled": True}, "gradient_clipping": 1.0, "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": 1, "train_batch_size": 1, "zero_allow_untested_optimizer": True,
+    }  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=1e-3, fused=True), config=settings)
+    if at_once:
+        NormAtOnce().on_train_begin(None, None, None, optimizer=SimpleNamespace(optimizer=engine.optimizer))
+    for _ in range(2):
+        engine.backward(sum(parameter.float().square().sum() for parameter in model.parameters()))
+        with CountLaunches() as launches:
+            engine.step()
+    engine.destroy()
+    return launches.count
+
+
+if __name__ == "__main__":
+    deepspeed.init_distributed("gloo")
+    counts = {"at once": count(True), "own": count(False)}
+    print(json.dumps(counts), flush=True)
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,86 @@
+"""Under torchrun: optimizer steps of every ZeRO stage, some of them with a gradient that is spoilt on one process.
+
+Fails where the norm is not DeepSpeed's own, where a step with a spoilt gradient moves a weight, or where a good one does not.
+"""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import deepspeed
+import torch
+
+from dnazen.train.gradients import NormAtOnce
+
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+
+
+def build_engine(stage: int, accumulation: int, bf16: bool) -> deepspeed.DeepSpeedEngine:
+    """Two layers, one of them in a group of its own, by the configuration that is shipped."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "weight_decay": 0.0}]
+    config = json.loads((CONFIGS / f"zero{stage}.json").read_text())
+    config |= {
+        "bf16": {"enabled": bf16}, "gradient_clipping": 1.0, "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": 4, "train_batch_size": 4 * accumulation * torch.distributed.get_world_size(),
+        "zero_allow_untested_optimizer": True,
+    }  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=0.1), config=config)
+    return engine
+
+
+def step(engine: deepspeed.DeepSpeedEngine, seed: int, spoilt_by: float | None, on_this: bool) -> float:
+    """One optimizer step; in its last micro-batch one number on the way back may become inf or NaN. Returns the norm."""
+    generator = torch.Generator().manual_seed(100 * seed + torch.distributed.get_rank())
+    accumulation = engine.gradient_accumulation_steps()
+    for micro_step in range(accumulation):
+        input = torch.randn(4, 16, generator=generator).to(next(engine.module.parameters()).dtype)
+        output = engine(input)
+        if spoilt_by is not None and on_this and micro_step == accumulation - 1:
+            spoilt = torch.zeros_like(output, dtype=torch.bool)
+            spoilt[2, 1] = True
+            output.register_hook(lambda gradient, spoilt=spoilt: gradient.masked_fill(spoilt, spoilt_by))
+        engine.backward(output.float().square().mean())
+        engine.step()
+    return float(engine.get_global_grad_norm())
+
+
+def main() -> None:
+    deepspeed.init_distributed("gloo")
+    rank, last = torch.distributed.get_rank(), torch.distributed.get_world_size() - 1
+    for stage in (1, 2, 3):
+        for accumulation in (1, 2):
+            for bf16 in (False, True):
+                engine = build_engine(stage, accumulation, bf16)
+                zero = engine.optimizer
+                name = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
+                own, norms = getattr(zero, name), []
+                NormAtOnce().on_train_begin(None, None, None, optimizer=SimpleNamespace(optimizer=zero))
+                ours = getattr(zero, name)
+
+                def both(own=own, ours=ours, norms=norms) -> object:
+                    norms.append([torch.as_tensor(norm).norm() for norm in (own(), ours())])
+                    return ours()
+
+                setattr(zero, name, both)
+                weights = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+                where = f"ZeRO-{stage}, {accumulation} micro-batches, bf16 {bf16}, process {rank}"
+                for seed, spoilt_by in enumerate([None, math.inf, None, math.nan, -math.inf, None]):
+                    before = [weight.detach().clone() for weight in weights]
+                    norm = step(engine, seed, spoilt_by, on_this=rank == last)
+                    moved = [not torch.equal(*pair) for pair in zip(before, weights, strict=True)]
+                    if spoilt_by is None:
+                        assert math.isfinite(norm) and all(moved), f"{where}, step {seed}: norm {norm}, moved {moved}"
+                        # sums of at most 650 squares in another order
+                        torch.testing.assert_close(*norms[-1], rtol=650 * 2**-24, atol=0, check_dtype=False)
+                    else:
+                        assert norm == math.inf and not any(moved), f"{where}, step {seed}: norm {norm}, moved {moved}"
+                engine.destroy()
+    print(f"process {rank}: all as it should be", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
