@@ -119,8 +119,8 @@ def test_work_dir_prepared_from_another_genome(prepared, tmp_path):
 
 @pytest.mark.parametrize(
     "layout",
-    [{}, {"zero": 2}, {"zero": 2, "bf16": True}, {"zero": 3, "processes": 2}],
-    ids=["plain", "zero2", "zero2-bf16", "zero3-2"],
+    [{}, {"zero": 2, "bf16": True}, {"zero": 1, "processes": 2, "gradient_accumulation_steps": 2}, {"zero": 3, "processes": 2}],
+    ids=["plain", "zero2-bf16", "zero1-2", "zero3-2"],
 )
 def test_gradient_that_is_not_finite_stops_before_the_optimizer(prepared, tmp_path, layout):
     """Step 2 throws the weights out of range, step 3 sees it: its update is not made and nothing is saved after it."""
