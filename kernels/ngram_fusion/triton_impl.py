@@ -66,7 +66,7 @@ def _residual_layer_norm_kernel(
     tl.store(out_ptr + row * H + columns, out, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _residual_layer_norm_backward_kernel(
     grad_ptr, x_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, dz_ptr, partial_ptr, num_rows,
     H: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
