@@ -11,7 +11,7 @@ import triton.language as tl
 from dnazen_kernels.ngram_fusion.reference import accumulation_dtype
 
 EDGES_AT_ONCE = tl.constexpr(4)  # unrolled, so that several rows are on their way at the same time
-WARPS_PER_SM = 8  # of the backward, all resident at once: its registers allow 8 to 12 (README.md)
+WARPS_PER_SM = 8  # of the backward, all resident at once: 8 fit whatever H, 12 at H = 768 (README.md)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _residual_layer_norm_kernel(
     tl.store(out_ptr + row * H + columns, out, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _residual_layer_norm_backward_kernel(
     grad_ptr, x_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, dz_ptr, partial_ptr, num_rows,
     H: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
@@ -82,7 +82,9 @@ def _residual_layer_norm_backward_kernel(
     weight = tl.load(weight_ptr + columns, mask=inside, other=0).to(ACC)
     weight_sum = tl.zeros([BLOCK_H], ACC)
     bias_sum = tl.zeros([BLOCK_H], ACC)
-    for row in range(program, num_rows, num_programs):
+    # Rows of 16-bit numbers come through shared memory, with room for two: the next is on its way while one is summed.
+    num_stages: tl.constexpr = 3 if grad_ptr.dtype.element_ty.primitive_bitwidth == 16 else 1
+    for row in tl.range(program, num_rows, num_programs, num_stages=num_stages):
         grad = tl.load(grad_ptr + row * H + columns, mask=inside, other=0).to(ACC)
         z = tl.load(x_ptr + row * H + columns, mask=inside, other=0).to(ACC)
         z += tl.load(residual_ptr + row * H + columns, mask=inside, other=0).to(ACC)

@@ -30,7 +30,7 @@ def _count_in_row(flags_ptr, offsets_ptr, indices_ptr, row, exists):
     return count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _any_kernel(own_ptr, flags_ptr, offsets_ptr, indices_ptr, out_ptr, num_rows, BLOCK: tl.constexpr):
     """out[row] = own[row] or any flag of its edges; own may be None, for False."""
     row = _block(BLOCK)
@@ -40,7 +40,7 @@ def _any_kernel(own_ptr, flags_ptr, offsets_ptr, indices_ptr, out_ptr, num_rows,
     tl.store(out_ptr + row, found, mask=row < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ngrams", "num_sequences"])
 def _survivors_kernel(
     masked_ptr, ngram_offsets_ptr, ngram_tokens_ptr, ngram_cu_seqlens_ptr, kept_ptr, scan_ptr, num_ngrams, num_sequences,
     BLOCK: tl.constexpr,
@@ -57,7 +57,7 @@ def _survivors_kernel(
     tl.store(scan_ptr + (ngram + 1), (kept.to(tl.int64) << HALF) + size, mask=ngram < num_ngrams)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _token_counts_kernel(kept_ptr, token_offsets_ptr, token_ngrams_ptr, counts_ptr, num_tokens, BLOCK: tl.constexpr):
     """counts[t + 1]: the survivors over token t; counts[0]: zero."""
     token = _block(BLOCK) - 1
@@ -66,7 +66,7 @@ def _token_counts_kernel(kept_ptr, token_offsets_ptr, token_ngrams_ptr, counts_p
     tl.store(counts_ptr + (token + 1), count, mask=token < num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ngrams", "num_sequences", "num_edges"])
 def _compact_ngrams_kernel(
     kept_ptr, scan_ptr, ids_ptr, cu_seqlens_ptr, offsets_ptr, tokens_ptr, new_ids_ptr, new_cu_seqlens_ptr,
     new_offsets_ptr, new_tokens_ptr, counts_ptr, num_ngrams, num_sequences, num_edges, BLOCK: tl.constexpr,
@@ -96,7 +96,7 @@ def _compact_ngrams_kernel(
         tl.store(new_tokens_ptr + (edge + k), tl.load(tokens_ptr + (start + k), mask=inside, other=0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_edges"])
 def _compact_tokens_kernel(
     kept_ptr, scan_ptr, offsets_ptr, ngrams_ptr, new_offsets_ptr, new_ngrams_ptr, num_tokens, num_edges,
     BLOCK: tl.constexpr,

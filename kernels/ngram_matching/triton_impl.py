@@ -16,7 +16,7 @@ CONSTANTS = {"LENGTH_SHIFT": LENGTH_SHIFT, "HASH_MULTIPLIER": HASH_MULTIPLIER, "
 NONE = 2**63 - 1  # sorts behind every G-gram
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions"])
 def _look_up_kernel(
     tokens_ptr, ends_ptr, prefilter_ptr, keys_ptr, slots_ptr, num_positions, prefilter_size, bits, hash_bits,
     LENGTH_SHIFT: tl.constexpr, HASH_MULTIPLIER: tl.constexpr, FREE: tl.constexpr, BLOCK: tl.constexpr,

@@ -14,7 +14,9 @@ from dataclasses import asdict
 from benchmarks.resources import compile_all
 print(json.dumps([asdict(kernel) for kernel in compile_all()]))
 """
-LOAD_OR_STORE = re.compile(r"\b(?:ld|st)\.global\S*?(?:\.(v\d))?\.[bfsu](\d+)\b")
+LOAD_OR_STORE = re.compile(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\b")
+COPY_TO_SHARED = re.compile(r"\bcp\.async\.c[ag]\.shared\.global .*, 0x(\w+), ")
+COPIES_LEFT = re.compile(r"\bcp\.async\.wait_group\s+(\d+);")
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +40,26 @@ def test_no_kernel_spills(compiled):
 
 
 def test_rows_are_read_and_written_16_bytes_at_a_time(compiled):
-    """All of a row: the loads and stores of another width are as many as those of scalars in the source."""
+    """All of a row: the loads and stores of another width are as many as those of scalars in the source.
+
+    Where rows come through shared memory, the copies stand three times: for the first two rows, and in the loop.
+    """
     for name, kernel in of_fusion(compiled).items():
         scalars = [line for line in kernel["ttir"].splitlines() if re.search(r"tt\.(load|store) .*: !tt\.ptr<", line)]
-        widths = LOAD_OR_STORE.findall(kernel["ptx"])
-        narrow = [width for width in widths if width != ("v4", "32")]
-        assert len(narrow) == len(scalars) and set(narrow) <= {("", "32")}, name
+        copies = [int(width, 16) for width in COPY_TO_SHARED.findall(kernel["ptx"])]
+        widths = copies + [int(v or 1) * int(bits) // 8 for v, bits in LOAD_OR_STORE.findall(kernel["ptx"])]
+        narrow = [width for width in widths if width != 16]
+        assert len(narrow) == len(scalars) * (3 if copies else 1) and set(narrow) <= {4}, name
         assert len(widths) - len(narrow) >= 8, name
+
+
+def test_backward_loads_the_next_row_while_it_sums_one(compiled):
+    """The wait for a row leaves the copies of the next under way: three inputs, mean and rstd."""
+    kernels = {name: kernel for name, kernel in of_fusion(compiled).items() if "backward_kernel" in name}
+    assert len(kernels) == 4 * 3
+    for name, kernel in kernels.items():
+        in_loop, behind = COPIES_LEFT.findall(kernel["ptx"])
+        assert (in_loop, behind) == ("5", "0"), name
 
 
 def test_offsets_are_int64(compiled):

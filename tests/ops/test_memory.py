@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from dnazen_kernels.ngram_fusion import ngram_fusion, residual_layer_norm
+from dnazen_kernels.ngram_fusion import ngram_fusion, residual_layer_norm, triton_impl
 from dnazen_kernels.ngram_fusion.reference import ngram_fusion_dense
 
 HIDDEN_SIZE = 16
-NUM_PROGRAMS = 8  # of the backward of LayerNorm where it is interpreted
 SIZES = [(64, 12, 40), (128, 24, 80), (256, 48, 160)]  # tokens, G-grams, edges
 
 
@@ -52,8 +51,11 @@ def saved_bytes(function) -> tuple[torch.Tensor, int]:
         return function(), sum(saved.values())
 
 
+@pytest.mark.parametrize("warps_per_sm", [8, 12, 16])
 @pytest.mark.parametrize("num_tokens, num_ngrams, num_edges", SIZES)
-def test_residual_layer_norm(num_tokens, num_ngrams, num_edges, device, allocated):
+def test_residual_layer_norm(num_tokens, num_ngrams, num_edges, warps_per_sm, device, allocated, monkeypatch):
+    """A program of the backward for each of the `WARPS_PER_SM` warps, as it stands at the launch."""
+    monkeypatch.setattr(triton_impl, "WARPS_PER_SM", warps_per_sm)
     (x, residual, weight, bias, ngrams), csr = make_inputs(num_tokens, num_ngrams, num_edges, device)
     allocated.clear()
     inputs = (x, residual, weight, bias, 0.5, ngrams, *csr)
@@ -64,7 +66,7 @@ def test_residual_layer_norm(num_tokens, num_ngrams, num_edges, device, allocate
     assert sum(allocated) == num_tokens * row + statistics
     allocated.clear()
     torch.autograd.grad(output.sum(), (x, residual, weight, bias, ngrams))
-    num_programs = NUM_PROGRAMS if device.type == "cpu" else num_tokens  # a GPU has more than there are tokens
+    num_programs = warps_per_sm if device.type == "cpu" else num_tokens  # a GPU has more than there are tokens
     assert sum(allocated) == (num_tokens + num_ngrams + 2 * num_programs) * row
 
 
