@@ -4,13 +4,17 @@ import itertools
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
+from dnazen.data.collator import PackedCollator
+from dnazen.data.tokenizer import train_tokenizer
 from dnazen.files import InputError
 from dnazen.layers.attention import BACKENDS, alibi_bias, alibi_slopes, packed_attention, select, select_attention
 from dnazen.layers.attention.flex import sequence_block_mask
 from dnazen.models import DNAZenModel
+from dnazen.ngram.vocab import NgramVocabulary
 from tests.ops.synchronisations import ForbidSynchronisation
 
 CPU = torch.device("cpu")
@@ -299,6 +303,71 @@ def test_what_does_not_agree_with_eager_is_not_taken(broken, reason, dtype, monk
         select_attention("sdpa", CPU, dtype, 12, 64)
 
 
+# Which kernel FlashAttention-4 compiles for a number of sequences and the longest one, beside what is fixed in a run: by
+# architecture and head_dim, read in its `_flash_attn_fwd` (`BIN_BATCH_SEARCH_THRESH`, tile_m times q_stage).
+FLASH_4_KERNELS = {
+    "Hopper, head_dim 64": lambda count, longest: (count > 256, longest > 192),
+    "Hopper, head_dim 128": lambda count, longest: (count > 256, longest > 128),
+    "Blackwell": lambda count, longest: (count > 256, longest > 128, longest > 256),
+}
+
+
+def _record_shapes(monkeypatch, name, attention):
+    """Number of sequences, the longest, rows, and whether there is ALiBi, of each call of a back-end."""
+    shapes = set()
+
+    def record(cu_seqlens, max_seqlen, total, slopes):
+        shapes.add((len(cu_seqlens) - 1, max_seqlen, total, slopes is not None))
+        return attention(cu_seqlens, max_seqlen, total, slopes)
+
+    monkeypatch.setitem(BACKENDS, name, record)
+    return shapes
+
+
+@pytest.fixture
+def checked_shapes(monkeypatch, fresh_selection) -> set[tuple[int, int, int, bool]]:
+    with monkeypatch.context() as patch:
+        shapes = _record_shapes(patch, "sdpa", BACKENDS["sdpa"])
+        assert select_attention("sdpa", CPU, torch.float32, 4, 32).name == "sdpa"
+    return shapes
+
+
+@pytest.mark.parametrize("kernel", FLASH_4_KERNELS.values(), ids=FLASH_4_KERNELS)
+def test_the_check_runs_every_kernel_of_flash_attention_4(checked_shapes, kernel):
+    for with_alibi in (True, False):
+        checked = {kernel(count, longest) for count, longest, _, alibi in checked_shapes if alibi == with_alibi}
+        assert checked == {kernel(count, longest) for count in (1, 256, 257, 999) for longest in range(1, 600)}
+
+
+def test_the_check_runs_what_a_batch_of_pretraining_runs(checked_shapes, config, monkeypatch):
+    """65,536 tokens in sequences of up to 512, and the G-grams found in them."""
+    tokenizer = train_tokenizer(["ACGT" * 50], vocab_size=12)
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(310, 511, 156)
+    sequences = [generator.integers(5, 12, length) for length in [*lengths, 65_536 - sum(lengths) - 2 * 157]]
+    ngrams = [tuple(generator.integers(5, 12, 4).tolist()) for _ in range(150)]
+    vocabulary = NgramVocabulary(sorted(set(ngrams)), [1] * len(set(ngrams)))
+    batch = PackedCollator(tokenizer, vocabulary)(sequences)
+    config.ngram_vocab_size, config.num_hidden_layers, config.num_hidden_ngram_layers = vocabulary.vocab_size, 1, 1
+    model = DNAZenModel(config)
+    model.set_attn_implementation("sdpa")
+    model.select_attention(CPU, torch.float32, training=False)
+    sum_only = lambda *_: lambda query, key, value: (query + key + value, None)  # noqa: E731
+    shapes = _record_shapes(monkeypatch, "sdpa", sum_only)
+    with torch.no_grad():
+        model(**batch)
+    tokens, grams = sorted(shapes, reverse=True, key=lambda shape: shape[-1])
+    assert tokens == (157, batch["max_seqlen"], 65_536, True) and batch["max_seqlen"] > 500
+    assert grams[0] == 157 and 10 < grams[1] < 64 and 2000 < grams[2] < 8000 and not grams[3]
+    for kernel in FLASH_4_KERNELS.values():
+        run, checked = (
+            {(kernel(count, longest), alibi) for count, longest, _, alibi in calls} for calls in (shapes, checked_shapes)
+        )
+        assert run <= checked
+    # FlexAttention's: more than one tile of rows; one tile is there too
+    assert {total > 128 for _, _, total, _ in checked_shapes} == {False, True}
+
+
 def test_the_check_leaves_random_numbers_alone(fresh_selection):
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -344,11 +413,7 @@ def test_model_on_flex_equals_eager(config, make_batch):
 # -- on a GPU -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 64), (12, 128)])
-@pytest.mark.parametrize("name", ["flash_attention_4", "flash_attention_2", "flex_attention"])
-def test_kernels_agree_with_eager_on_a_gpu(name, heads, head_dim):
-    """Forward and gradients, up to 4,096 tokens; each may err twice as much as eager in bf16 does."""
+def _device_that_runs(name, heads, head_dim) -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -358,16 +423,56 @@ def test_kernels_agree_with_eager_on_a_gpu(name, heads, head_dim):
         if "cannot be imported" in str(error) or "compute capability" in str(error):
             pytest.skip(str(error))
         raise
-    for sizes, tail in [*LENGTHS.values(), ([4096, 1, 513], 30)]:
-        cu_seqlens, longest, total, drawn = _inputs(sizes, tail, heads, head_dim, torch.bfloat16, device)
-        for slopes in (alibi_slopes(heads, device), None):
-            results = []
-            for backend, dtype in (("eager", torch.float64), ("eager", torch.bfloat16), (name, torch.bfloat16)):
-                *states, grad = (s.to(dtype).requires_grad_() for s in drawn)
-                context, _ = packed_attention(backend, cu_seqlens, longest, total, slopes)(*states)
-                assert context.isfinite().all()
-                context[: sum(sizes)].backward(grad[: sum(sizes)])
-                results.append(torch.stack([context.detach(), *(s.grad for s in states)]).double()[:, : sum(sizes)])
-            if sum(sizes):
-                error, bound = ((found - results[0]).abs().max() for found in (results[2], results[1]))
-                assert error <= 2 * bound + 1e-5
+    return device
+
+
+def _assert_agrees_with_eager(name, lengths, num_compared, heads, head_dim, device, dtype=torch.bfloat16):
+    """Forward and gradients of the first sequences; each may err twice as much as eager in that type does."""
+    cu_seqlens, longest, total, drawn = _inputs(lengths, heads, head_dim, dtype, device)
+    compared = sum(lengths[:num_compared])
+    for slopes in (alibi_slopes(heads, device), None):
+        results = []
+        for backend, kind in (("eager", torch.float64), ("eager", dtype), (name, dtype)):
+            rows, bounds = (total, cu_seqlens) if backend == name else (compared, cu_seqlens[: num_compared + 1])
+            *states, grad = (s[:rows].to(kind).requires_grad_() for s in drawn)
+            context, _ = packed_attention(backend, bounds, longest, rows, slopes)(*states)
+            context.backward(grad)
+            result = torch.stack([context.detach(), *(s.grad for s in states)])
+            assert result.isfinite().all()
+            results.append(result[:, :compared].double())
+        if compared:
+            error, bound = ((found - results[0]).abs().max() for found in (results[2], results[1]))
+            assert error <= 2 * bound + 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 64), (12, 128)])
+@pytest.mark.parametrize("name", ["flash_attention_4", "flash_attention_2", "flex_attention"])
+def test_kernels_agree_with_eager_on_a_gpu(name, heads, head_dim):
+    """Forward and gradients, up to 4,096 tokens."""
+    device = _device_that_runs(name, heads, head_dim)
+    for sizes in [*LENGTHS.values(), [4096, 1, 513]]:
+        _assert_agrees_with_eager(name, sizes, len(sizes), heads, head_dim, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (12, 128)])
+@pytest.mark.parametrize("name", ["flash_attention_4", "flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize(
+    ("count", "longest", "total"),
+    [(160, 512, 65_536), (300, 512, 65_536), (157, 45, 3000), (300, 45, 3000)],
+    ids=["tokens", "tokens of many sequences", "G-grams", "G-grams of many sequences"],
+)
+def test_kernels_agree_with_eager_at_the_sizes_of_pretraining(name, heads, head_dim, count, longest, total):
+    """Of the first sequences, for `eager` pads; they are up to the longest, and the last ones fill up to the total."""
+    device = _device_that_runs(name, heads, head_dim)
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(total // count // 2, min(longest, 3 * total // count // 2) + 1, (count,), generator=generator)
+    lengths[:4] = torch.tensor([longest, 0, 1, longest - 1])
+    excess = int(lengths.sum()) - total
+    for index in range(4, count):  # a row or more to or from each, until the total is right
+        step = max(-(longest - int(lengths[index])), min(int(lengths[index]), excess))
+        lengths[index] -= step
+        excess -= step
+    assert excess == 0 and lengths.sum() == total and lengths.max() == longest
+    _assert_agrees_with_eager(name, lengths.tolist(), 24, heads, head_dim, device)
