@@ -464,15 +464,14 @@ def test_kernels_agree_with_eager_on_a_gpu(name, heads, head_dim):
     ids=["tokens", "tokens of many sequences", "G-grams", "G-grams of many sequences"],
 )
 def test_kernels_agree_with_eager_at_the_sizes_of_pretraining(name, heads, head_dim, count, longest, total):
-    """Of the first sequences, for `eager` pads; they are up to the longest, and the last ones fill up to the total."""
+    """All sequences run, the first ones are compared, for `eager` pads; lengths are the mean and as much more and less."""
     device = _device_that_runs(name, heads, head_dim)
-    generator = torch.Generator().manual_seed(2)
-    lengths = torch.randint(total // count // 2, min(longest, 3 * total // count // 2) + 1, (count,), generator=generator)
-    lengths[:4] = torch.tensor([longest, 0, 1, longest - 1])
-    excess = int(lengths.sum()) - total
-    for index in range(4, count):  # a row or more to or from each, until the total is right
-        step = max(-(longest - int(lengths[index])), min(int(lengths[index]), excess))
-        lengths[index] -= step
-        excess -= step
-    assert excess == 0 and lengths.sum() == total and lengths.max() == longest
-    _assert_agrees_with_eager(name, lengths.tolist(), 24, heads, head_dim, device)
+    lengths = [longest, 0, 1, longest - 1]
+    mean, remainder = divmod(total - sum(lengths), count - len(lengths))
+    for offset in np.random.default_rng(2).integers(0, min(mean, longest - mean - 1), (count - len(lengths) + 1) // 2):
+        lengths += [mean + offset, mean - offset]
+    lengths = [int(length) for length in lengths[:count]]
+    lengths[-1] += total - sum(lengths) - remainder  # the last one has no partner if their number is odd
+    lengths[4 : 4 + remainder] = [length + 1 for length in lengths[4 : 4 + remainder]]
+    assert sum(lengths) == total and len(lengths) == count and max(lengths) == longest and min(lengths) == 0
+    _assert_agrees_with_eager(name, lengths, 24, heads, head_dim, device)
