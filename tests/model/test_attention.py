@@ -303,8 +303,8 @@ def test_what_does_not_agree_with_eager_is_not_taken(broken, reason, dtype, monk
         select_attention("sdpa", CPU, dtype, 12, 64)
 
 
-# Which kernel FlashAttention-4 compiles for a number of sequences and the longest one, beside what is fixed in a run: by
-# architecture and head_dim, read in its `_flash_attn_fwd` (`BIN_BATCH_SEARCH_THRESH`, tile_m times q_stage).
+# Which kernel FlashAttention-4 compiles for a number of sequences and the longest one, beside what is fixed in a run:
+# by architecture and head_dim, read in its `_flash_attn_fwd` (`BIN_BATCH_SEARCH_THRESH`, tile_m times q_stage).
 FLASH_4_KERNELS = {
     "Hopper, head_dim 64": lambda count, longest: (count > 256, longest > 192),
     "Hopper, head_dim 128": lambda count, longest: (count > 256, longest > 128),
@@ -361,7 +361,8 @@ def test_the_check_runs_what_a_batch_of_pretraining_runs(checked_shapes, config,
     assert grams[0] == 157 and 10 < grams[1] < 64 and 2000 < grams[2] < 8000 and not grams[3]
     for kernel in FLASH_4_KERNELS.values():
         run, checked = (
-            {(kernel(count, longest), alibi) for count, longest, _, alibi in calls} for calls in (shapes, checked_shapes)
+            {(kernel(count, longest), alibi) for count, longest, _, alibi in calls}
+            for calls in (shapes, checked_shapes)
         )
         assert run <= checked
     # FlexAttention's: more than one tile of rows; one tile is there too
@@ -464,7 +465,7 @@ def test_kernels_agree_with_eager_on_a_gpu(name, heads, head_dim):
     ids=["tokens", "tokens of many sequences", "G-grams", "G-grams of many sequences"],
 )
 def test_kernels_agree_with_eager_at_the_sizes_of_pretraining(name, heads, head_dim, count, longest, total):
-    """All sequences run, the first ones are compared, for `eager` pads; lengths are the mean and as much more and less."""
+    """All sequences run, and the first ones are compared, for `eager` pads; lengths vary around their mean."""
     device = _device_that_runs(name, heads, head_dim)
     lengths = [longest, 0, 1, longest - 1]
     mean, remainder = divmod(total - sum(lengths), count - len(lengths))

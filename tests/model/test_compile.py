@@ -116,8 +116,8 @@ def test_more_versions_than_by_default_in_any_thread_and_no_limit_changed(fresh_
 def compiled_flex(fresh_dynamo, monkeypatch) -> CompileCounterWithBackend:
     """FlexAttention as compiled for a GPU, but traced alone, on the CPU; counts its versions.
 
-    PyTorch refuses its backward on a CPU, for which it has no kernel, but can trace it. How PyTorch lowers it for a GPU is
-    not seen here.
+    PyTorch refuses its backward on a CPU, for which it has no kernel, but can trace it. How PyTorch lowers it for a GPU
+    is not seen here.
     """
     counter = CompileCounterWithBackend("aot_eager")
     with monkeypatch.context() as patch:
@@ -144,7 +144,7 @@ def test_flex_attention_compiles_once_for_both_encoders(compiled_flex):
 
 
 def test_versions_of_flex_attention_are_few_and_all_there_after_a_round(compiled_flex):
-    """Rows in one tile, and in more, and one row; each way of recording gradients; the layouts of both encoders' states."""
+    """Rows in one tile, in more, and one row; each way of recording gradients; the layouts of both encoders' states."""
     versions = []
     for _ in range(2):
         for mode, total, is_fused in itertools.product(

@@ -1,4 +1,4 @@
-"""Choose attention in each process of a group; the first argument names the rank on which `sdpa` gives wrong results."""
+"""Choose attention in each process of a group; the first argument is the rank on which `sdpa` gives wrong results."""
 
 import json
 import os
