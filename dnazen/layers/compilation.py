@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 # Past the limit, 8 by default, a function without graph breaks raises. Sizes are dynamic, and yet there are versions
-# for 0 rows, 1 and (FlexAttention) one tile, for training, no_grad and inference_mode, and for each layout of the input.
+# for 0 rows, 1 and (FlexAttention) one tile, for training, no_grad and inference_mode, and for each layout of input.
 RECOMPILE_LIMIT = 64
 
 

@@ -1,8 +1,8 @@
 """Compile FlashAttention-4's forward and backward for a Hopper GPU, through our back-end, on a machine without one.
 
 The package compiles for the architecture that the environment names, and launches nothing on fake tensors. A PyTorch
-for CPUs has no autograd of CUDA tensors, so forward and backward of the package's autograd function are called one after
-the other. Prints how many kernels were compiled.
+for CPUs has no autograd of CUDA tensors, so forward and backward of the package's autograd function are called one
+after the other. Prints how many kernels were compiled.
 """
 
 import sys

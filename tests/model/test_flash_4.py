@@ -22,8 +22,8 @@ def test_forward_and_backward_compile_for_hopper(heads, head_dim, root, tmp_path
         pytest.skip("needs the package flash-attn-4, which is not installed")
     kept = {"CUTE_DSL_KEEP": "ptx", "CUTE_DSL_DUMP_DIR": str(tmp_path)}
     result = subprocess.run(
-        [sys.executable, SCRIPT, str(heads), str(head_dim)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, **HOPPER, **kept, "PYTHONPATH": str(root)},
+        [sys.executable, SCRIPT, str(heads), str(head_dim)], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env={**os.environ, **HOPPER, **kept, "PYTHONPATH": str(root)},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-6000:]
     assert result.stdout.splitlines()[-2:] == ["_flash_attn_fwd 4", "_flash_attn_bwd 4"]

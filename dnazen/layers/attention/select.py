@@ -21,7 +21,7 @@ BACKENDS = {
     "sdpa": sdpa_attention,
     "eager": eager_attention,
 }
-# What the check runs on: neighboring groups of sequences, together in one batch. FlashAttention-4 compiles other kernels
+# What the check runs on: neighboring groups of sequences, together a batch. FlashAttention-4 compiles other kernels
 # for more than 256 sequences, and for a longest one of at most 128, 192 or 256 rows (by architecture and head_dim), and
 # FlexAttention for at most 128 rows in all; the batches are of each kind. Sequences are alone, empty, and whole tiles.
 _PARITY_GROUPS = (300,), tuple(i // 100 for i in range(300)), (45, 0, 17), (200, 1, 0, 128)
@@ -47,8 +47,8 @@ def packed_attention(
     may be empty; with ALiBi's `slopes [heads]` fp32, `-slope * |i - j|` is added to the scores.
 
     Raises:
-        ValueError, RuntimeError: `cu_seqlens` does not end at `total`. For "flex_attention" and the flash packages, where
-            the host does not wait, that is an assertion on the device.
+        ValueError, RuntimeError: `cu_seqlens` does not end at `total`. For "flex_attention" and the flash packages,
+            where the host does not wait, that is an assertion on the device.
     """
     if total == 0 and name != "eager":
         return lambda query, key, value: (query + key + value, None)  # no row, but a (zero) gradient for all three
