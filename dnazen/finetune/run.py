@@ -26,7 +26,6 @@ from dnazen.finetune.model import Encoded, Encoder, add_adapters, load_model, op
 from dnazen.finetune.predict import predict_table
 from dnazen.finetune.tasks import REGRESSION, Task
 from dnazen.finetune.trainer import FinetuningTrainer
-from dnazen.layers.attention import Selection
 from dnazen.train.attention import agree_on_attention
 from dnazen.train.checkpoint import lock_run
 from dnazen.train.script import parse_arguments, run_script
@@ -82,7 +81,7 @@ def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> N
         args=args,
         callbacks=[EarlyStoppingCallback(data_args.early_stopping)] if data_args.early_stopping else [],
     )
-    attention = agree_on_attention(model, args) if encoder.is_packed else None
+    attention = str(agree_on_attention(model, args)) if encoder.is_packed else None
     overlaps = count_overlaps(tables)
     if main_process:
         print(describe(data_args, task, overlaps, encoded, weights, model, attention), flush=True)
@@ -143,7 +142,7 @@ def build_model(
 
 def describe(
     data_args: FinetuningDataArguments, task: Task, overlaps: dict[str, Overlap], encoded: dict[str, Encoded],
-    weights: list[float] | None, model: torch.nn.Module, attention: Selection | None,
+    weights: list[float] | None, model: torch.nn.Module, attention: str | None,
 ) -> str:  # fmt: skip
     """What is about to be trained, for people."""
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -5,8 +5,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainingArguments
 
 from dnazen.files import InputError
-from dnazen.layers.attention import Selection
-from dnazen.models.modeling_dnazen import DNAZenPreTrainedModel
+from dnazen.models.modeling_dnazen import DNAZenPreTrainedModel, Selection
 
 
 def agree_on_attention(model: DNAZenPreTrainedModel, args: TrainingArguments) -> Selection:

@@ -20,8 +20,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from dnazen.data.collator import Masking, PackedCollator, PackedDataset, calibrate_mlm_probability
 from dnazen.data.shards import Corpus
 from dnazen.files import InputError, write_json
-from dnazen.layers.attention import Selection
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
+from dnazen.models.modeling_dnazen import Selection
 from dnazen.ngram.vocab import NgramVocabulary, load_ngrams
 from dnazen.train.arguments import RECIPES, DataArguments, PretrainingArguments
 from dnazen.train.attention import agree_on_attention
