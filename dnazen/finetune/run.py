@@ -26,6 +26,7 @@ from dnazen.finetune.model import Encoded, Encoder, add_adapters, load_model, op
 from dnazen.finetune.predict import predict_table
 from dnazen.finetune.tasks import REGRESSION, Task
 from dnazen.finetune.trainer import FinetuningTrainer
+from dnazen.train.attention import agree_on_attention
 from dnazen.train.checkpoint import lock_run
 from dnazen.train.script import parse_arguments, run_script
 
@@ -80,9 +81,10 @@ def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> N
         args=args,
         callbacks=[EarlyStoppingCallback(data_args.early_stopping)] if data_args.early_stopping else [],
     )
+    attention = str(agree_on_attention(model, args)) if encoder.is_packed else None
     overlaps = count_overlaps(tables)
     if main_process:
-        print(describe(data_args, task, overlaps, encoded, weights, model), flush=True)
+        print(describe(data_args, task, overlaps, encoded, weights, model, attention), flush=True)
     started = time.perf_counter()
     trainer.train()
     train_seconds = time.perf_counter() - started
@@ -140,7 +142,7 @@ def build_model(
 
 def describe(
     data_args: FinetuningDataArguments, task: Task, overlaps: dict[str, Overlap], encoded: dict[str, Encoded],
-    weights: list[float] | None, model: torch.nn.Module,
+    weights: list[float] | None, model: torch.nn.Module, attention: str | None,
 ) -> str:  # fmt: skip
     """What is about to be trained, for people."""
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -151,6 +153,8 @@ def describe(
         f"task    {task.kind}, {task.num_labels} outputs"
         + (f", weights {', '.join(f'{weight:.3g}' for weight in weights)}" if weights else ""),
     ]
+    if attention is not None:
+        lines.append(f"attends {attention}")
     for split, overlap in overlaps.items():
         lines.append("data    " + describe_overlap(split, overlap))
         if split in encoded:

@@ -41,7 +41,6 @@ class Embeddings(nn.Module):
         states = words + self.token_type_embeddings(input_ids.new_zeros(1))
         if self.distances:
             position = torch.arange(len(input_ids), device=input_ids.device)
-            # what lies behind the last sequence counts as its part, and is not used
             sequence = torch.searchsorted(cu_seqlens[1:-1], position, right=True)
             start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
             for distance, layer in zip(self.distances, self.neighbor_layers):

@@ -34,6 +34,7 @@ from dnazen.layers.attention import (
     padded_attention,
     select_attention,
 )
+from dnazen.layers.compilation import compile_dynamic
 from dnazen.layers.encoder import Embeddings, FusedEncoder, GatedMLP, ResidualOutput
 from dnazen.layers.fusion import packed_add_norm, padded_add_norm
 from dnazen.layers.padding import PackedBatch, PaddedLayout, batch_without_ngrams, dense_matching_matrix, pack_batch
@@ -135,11 +136,13 @@ class DNAZenPreTrainedModel(StrictLoading, PreTrainedModel):
         """Compile what lies between attention and the G-gram operators, in place; `options` are `torch.compile`'s.
 
         Attention is left out: its kernels are compiled already, and not every package's can be traced. Sizes are dynamic,
-        for no two batches have the same; only a batch with no G-gram, or one, compiles anew, once.
+        for no two batches have the same; only a batch with no G-gram, or one, compiles anew, once in training and once
+        in evaluation.
         """
         for module in self.modules():
             if isinstance(module, (GatedMLP, ResidualOutput)):
-                module.compile(dynamic=True, fullgraph=True, **options)
+                # what `Module.compile` does, which takes no limit of versions in torch 2.11
+                module._compiled_call_impl = compile_dynamic(module._call_impl, **options)
 
     def select_attention(self, device: torch.device, dtype: torch.dtype, training: bool = True) -> Selection:
         """The attention that both encoders run on such a device in such a type; see `select_attention` in the layers.

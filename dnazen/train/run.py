@@ -21,8 +21,10 @@ from dnazen.data.collator import Masking, PackedCollator, PackedDataset, calibra
 from dnazen.data.shards import Corpus
 from dnazen.files import InputError, write_json
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
+from dnazen.models.modeling_dnazen import Selection
 from dnazen.ngram.vocab import NgramVocabulary, load_ngrams
 from dnazen.train.arguments import RECIPES, DataArguments, PretrainingArguments
+from dnazen.train.attention import agree_on_attention
 from dnazen.train.checkpoint import Checkpoint, choose_checkpoint, copy_model, list_differences, lock_run, publish_folder
 from dnazen.train.evaluation import HELD_OUT_MASKING, evaluate_split, evaluation_record
 from dnazen.train.metrics import plot_loss_curve
@@ -117,11 +119,12 @@ def pretrain(data_args: DataArguments, args: PretrainingArguments) -> None:
         checkpoint=checkpoint,
         agreement=build_agreement(data_args, args, corpus, vocabulary, masking, config, source),
     )
+    attention = agree_on_attention(trainer.model, args)
     is_finished = checkpoint is not None and checkpoint.manifest["step"] >= args.max_steps
     if main_process:
         if not is_finished:
             write_json(output_dir / "run.json", run_record(data_args, trainer))
-        print(describe(data_args, corpus, vocabulary, masking, trainer, checkpoint), flush=True)
+        print(describe(data_args, corpus, vocabulary, masking, trainer, checkpoint, attention), flush=True)
     if is_finished:
         trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
         last = checkpoint.path
@@ -228,13 +231,12 @@ def describe(
     masking: Masking,
     trainer: PretrainingTrainer,
     checkpoint: Checkpoint | None,
+    attention: Selection,
 ) -> str:
     """What is about to run, in a few lines."""
     args, config, agreement = trainer.args, trainer.model.config, trainer.agreement
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    attention = trainer.model.select_attention(args.device, dtype)
     lines = [
         f"DNAZEN {data_args.model_name}: {parameters / 1e6:.1f} M parameters, {agreement['precision']}, "
         f"{agreement['engine']}, {args.world_size} process(es) on {device}, "

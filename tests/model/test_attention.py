@@ -4,32 +4,33 @@ import itertools
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
+from dnazen.data.collator import PackedCollator
+from dnazen.data.tokenizer import train_tokenizer
 from dnazen.files import InputError
 from dnazen.layers.attention import BACKENDS, alibi_bias, alibi_slopes, packed_attention, select, select_attention
-from dnazen.layers.attention.flash import cover_all_rows
 from dnazen.layers.attention.flex import sequence_block_mask
 from dnazen.models import DNAZenModel
+from dnazen.ngram.vocab import NgramVocabulary
+from tests.ops.synchronisations import ForbidSynchronisation
 
 CPU = torch.device("cpu")
-# Several in a tile and several tiles in one, whole tiles, one row more or less than a tile, empty at either end, rows of
-# no sequence behind (the last number).
+# Several in a tile and several tiles in one, whole tiles, one row more or less than a tile, empty at either end.
 LENGTHS = {
-    "mixed": ([3, 3, 9, 0, 3], 0),
-    "all empty": ([0, 0], 0),
-    "all empty, rows behind": ([0, 0], 4),
-    "one row": ([1], 0),
-    "one row of two": ([1], 1),
-    "empty at both ends": ([0, 5, 0, 0, 5, 0], 7),
-    "whole tiles": ([128, 256, 128], 128),
-    "across tiles": ([127, 1, 129, 300, 2], 200),
+    "mixed": [3, 3, 9, 0, 3],
+    "all empty": [0, 0],
+    "one row": [1],
+    "empty at both ends": [0, 5, 0, 0, 5, 0],
+    "whole tiles": [128, 256, 128],
+    "across tiles": [127, 1, 129, 300, 2],
 }
 
 
-def _inputs(lengths, tail, heads=3, head_dim=8, dtype=torch.float32, device=CPU):
-    total = sum(lengths) + tail
+def _inputs(lengths, heads=3, head_dim=8, dtype=torch.float32, device=CPU):
+    total = sum(lengths)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(4, total, heads, head_dim, generator=generator).to(device, dtype)
@@ -62,7 +63,7 @@ def test_bias_is_bidirectional():
 @pytest.mark.parametrize("with_alibi", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_sdpa_equals_eager(lengths, with_alibi):
-    cu_seqlens, longest, total, (*states, grad) = _inputs(*LENGTHS[lengths])
+    cu_seqlens, longest, total, (*states, grad) = _inputs(LENGTHS[lengths])
     slopes = alibi_slopes(3) if with_alibi else None
     results = []
     for name in ("sdpa", "eager"):
@@ -71,7 +72,6 @@ def test_sdpa_equals_eager(lengths, with_alibi):
         context.backward(grad)
         results.append((context.detach(), *(s.grad for s in states)))
         assert (weights is None) == (name == "sdpa")
-        assert not torch.stack(results[-1])[:, cu_seqlens[-1] :].any()  # rows of no sequence
     # fp32: sums of at most 300 terms in another order.
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
@@ -81,7 +81,7 @@ def test_sdpa_equals_eager(lengths, with_alibi):
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_flex_equals_eager_forward(lengths, with_alibi):
     """On a CPU, where PyTorch runs it without tiles; the tiles are `test_tiles_of_sequences`'."""
-    cu_seqlens, longest, total, (*states, _) = _inputs(*LENGTHS[lengths])
+    cu_seqlens, longest, total, (*states, _) = _inputs(LENGTHS[lengths])
     slopes = alibi_slopes(3) if with_alibi else None
     expected, found = (
         packed_attention(name, cu_seqlens, longest, total, slopes)(*states)[0] for name in ("eager", "flex_attention")
@@ -96,7 +96,7 @@ def test_flex_equals_eager_forward(lengths, with_alibi):
 @pytest.mark.parametrize("name", ["sdpa", "flex_attention"])
 def test_published_sizes_up_to_4096_tokens(name, heads, head_dim, length):
     """Against the formula at some rows."""
-    cu_seqlens, longest, total, (*states, _) = _inputs([1, length], 0, heads, head_dim)
+    cu_seqlens, longest, total, (*states, _) = _inputs([1, length], heads, head_dim)
     sample = torch.tensor([0, 1, 2, 700, length])
     context = packed_attention(name, cu_seqlens, longest, total, alibi_slopes(heads))(*states)[0][sample]
     query, key, value = (s.double() for s in states)
@@ -107,13 +107,13 @@ def test_published_sizes_up_to_4096_tokens(name, heads, head_dim, length):
     torch.testing.assert_close(context.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("lengths", [name for name, (sizes, tail) in LENGTHS.items() if sum(sizes) + tail])
+@pytest.mark.parametrize("lengths", [name for name, sizes in LENGTHS.items() if sum(sizes)])
 def test_tiles_of_sequences(lengths):
     """Every pair of rows of one sequence lies in a tile that is computed, and tiles called full hold no other pair."""
-    sizes, tail = LENGTHS[lengths]
-    total = sum(sizes) + tail
+    sizes = LENGTHS[lengths]
+    total = sum(sizes)
     mask = sequence_block_mask(torch.tensor([0, *sizes]).cumsum(0).to(torch.int32), total)
-    same = torch.block_diag(*(torch.ones(size, size) for size in sizes), torch.zeros(tail, tail)).bool()
+    same = torch.block_diag(*(torch.ones(size, size) for size in sizes)).bool()
     row = torch.arange(total)
     assert torch.equal(mask.mask_mod(0, 0, row[:, None], row), same)
     tiles = -(-total // 128)
@@ -129,24 +129,21 @@ def test_tiles_of_sequences(lengths):
         assert found == [set(expected[i].nonzero().flatten().tolist()) for i in range(tiles)]
 
 
-@pytest.mark.parametrize("bounds", [[1, 5], [0, 4, 2, 5], [0, 5, 5], [0, 4, 6]])
+@pytest.mark.parametrize("bounds", [[1, 5], [0, 4, 2, 5], [0, 5, 5], [0, 4, 6], [0, 4]])
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 def test_bounds_that_do_not_fit_the_tokens(name, bounds):
-    with pytest.raises(ValueError, match="cu_seqlens: expected to ascend from 0 to at most 5 by at most 4"):
+    with pytest.raises(ValueError, match="cu_seqlens: expected to ascend from 0 to 5 by at most 4"):
         packed_attention(name, torch.tensor(bounds, dtype=torch.int32), 4, 5)
 
 
-@pytest.mark.parametrize(
-    ("bounds", "longest", "total", "expected"),
-    [
-        ([0, 3, 5], 3, 5, [0, 3, 5, 5, 5]),  # nothing behind
-        ([0, 3, 5], 3, 12, [0, 3, 5, 8, 11, 12, 12]),
-        ([0, 0], 1, 2, [0, 0, 1, 2]),
-    ],
-)
-def test_flash_kernels_are_given_every_row(bounds, longest, total, expected):
-    """Where the count of added sequences is fixed by shapes, so that nothing is read on the host."""
-    assert cover_all_rows(torch.tensor(bounds, dtype=torch.int32), longest, total).tolist() == expected
+@pytest.mark.parametrize("bounds", [[0, 4], [0, 4, 6]])
+@pytest.mark.parametrize("name", ["flash_attention_4", "flash_attention_2", "flex_attention"])
+def test_rows_of_no_sequence_are_no_silent_garbage(name, bounds):
+    """Where nothing is read on the host; on a GPU this is an assertion on the device."""
+    bounds = torch.tensor(bounds, dtype=torch.int32)
+    with ForbidSynchronisation(CPU):
+        with pytest.raises(RuntimeError, match="cu_seqlens: expected to end at 5, the number of rows"):
+            packed_attention(name, bounds, 4, 5)
 
 
 def _record_calls(monkeypatch, module, result):
@@ -162,12 +159,12 @@ def _record_calls(monkeypatch, module, result):
 
 def test_what_flash_attention_2_is_given(monkeypatch):
     calls = _record_calls(monkeypatch, "flash_attn.flash_attn_interface", "context")
-    cu_seqlens, longest, total, (*states, _) = _inputs([3, 0, 2], 1)
+    cu_seqlens, longest, total, (*states, _) = _inputs([3, 0, 2])
     slopes = alibi_slopes(3)
     assert packed_attention("flash_attention_2", cu_seqlens, longest, total, slopes)(*states) == ("context", None)
     (((query, key, value, bounds, same_bounds, *longests), options),) = calls
     assert all(given is state for given, state in zip((query, key, value), states))
-    assert bounds.tolist() == same_bounds.tolist() == [0, 3, 3, 5, 6, 6] and bounds.dtype == torch.int32
+    assert bounds is same_bounds is cu_seqlens
     assert longests == [3, 3] and options["alibi_slopes"] is slopes
 
 
@@ -176,13 +173,13 @@ def test_what_flash_attention_4_is_given(monkeypatch):
     alibi = types.ModuleType("dnazen.layers.attention.flash_4_alibi")  # needs CuTe
     alibi.alibi, alibi.alibi_backward = object(), object()
     monkeypatch.setitem(sys.modules, alibi.__name__, alibi)
-    cu_seqlens, longest, total, (*states, _) = _inputs([3, 0, 2], 1)
+    cu_seqlens, longest, total, (*states, _) = _inputs([3, 0, 2])
     slopes = alibi_slopes(3)
     for given in (slopes, None):
         assert packed_attention("flash_attention_4", cu_seqlens, longest, total, given)(*states) == ("context", None)
     (args, options), (_, without) = calls
     assert all(given is state for given, state in zip(args, states))
-    assert options.pop("cu_seqlens_q").tolist() == options.pop("cu_seqlens_k").tolist() == [0, 3, 3, 5, 6, 6]
+    assert options.pop("cu_seqlens_q") is options.pop("cu_seqlens_k") is cu_seqlens
     assert options.pop("max_seqlen_q") == options.pop("max_seqlen_k") == 3
     assert options == {"score_mod": alibi.alibi, "score_mod_bwd": alibi.alibi_backward, "aux_tensors": [slopes]}
     assert without.keys() == {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
@@ -193,10 +190,10 @@ def test_what_flash_attention_4_is_given(monkeypatch):
 
 @pytest.fixture
 def fresh_selection():
-    """Selections are remembered; a test that changes what they see must neither find nor leave any."""
-    select_attention.cache_clear()
+    """Checks are remembered; a test that changes what they see must neither find nor leave any."""
+    select._obstacle.cache_clear()
     yield
-    select_attention.cache_clear()
+    select._obstacle.cache_clear()
 
 
 def test_on_a_cpu_sdpa_is_chosen_and_each_better_one_has_its_reason():
@@ -306,6 +303,72 @@ def test_what_does_not_agree_with_eager_is_not_taken(broken, reason, dtype, monk
         select_attention("sdpa", CPU, dtype, 12, 64)
 
 
+# Which kernel FlashAttention-4 compiles for a number of sequences and the longest one, beside what is fixed in a run:
+# by architecture and head_dim, read in its `_flash_attn_fwd` (`BIN_BATCH_SEARCH_THRESH`, tile_m times q_stage).
+FLASH_4_KERNELS = {
+    "Hopper, head_dim 64": lambda count, longest: (count > 256, longest > 192),
+    "Hopper, head_dim 128": lambda count, longest: (count > 256, longest > 128),
+    "Blackwell": lambda count, longest: (count > 256, longest > 128, longest > 256),
+}
+
+
+def _record_shapes(monkeypatch, name, attention):
+    """Number of sequences, the longest, rows, and whether there is ALiBi, of each call of a back-end."""
+    shapes = set()
+
+    def record(cu_seqlens, max_seqlen, total, slopes):
+        shapes.add((len(cu_seqlens) - 1, max_seqlen, total, slopes is not None))
+        return attention(cu_seqlens, max_seqlen, total, slopes)
+
+    monkeypatch.setitem(BACKENDS, name, record)
+    return shapes
+
+
+@pytest.fixture
+def checked_shapes(monkeypatch, fresh_selection) -> set[tuple[int, int, int, bool]]:
+    with monkeypatch.context() as patch:
+        shapes = _record_shapes(patch, "sdpa", BACKENDS["sdpa"])
+        assert select_attention("sdpa", CPU, torch.float32, 4, 32).name == "sdpa"
+    return shapes
+
+
+@pytest.mark.parametrize("kernel", FLASH_4_KERNELS.values(), ids=FLASH_4_KERNELS)
+def test_the_check_runs_every_kernel_of_flash_attention_4(checked_shapes, kernel):
+    for with_alibi in (True, False):
+        checked = {kernel(count, longest) for count, longest, _, alibi in checked_shapes if alibi == with_alibi}
+        assert checked == {kernel(count, longest) for count in (1, 256, 257, 999) for longest in range(1, 600)}
+
+
+def test_the_check_runs_what_a_batch_of_pretraining_runs(checked_shapes, config, monkeypatch):
+    """65,536 tokens in sequences of up to 512, and the G-grams found in them."""
+    tokenizer = train_tokenizer(["ACGT" * 50], vocab_size=12)
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(310, 511, 156)
+    sequences = [generator.integers(5, 12, length) for length in [*lengths, 65_536 - sum(lengths) - 2 * 157]]
+    ngrams = [tuple(generator.integers(5, 12, 4).tolist()) for _ in range(150)]
+    vocabulary = NgramVocabulary(sorted(set(ngrams)), [1] * len(set(ngrams)))
+    batch = PackedCollator(tokenizer, vocabulary)(sequences)
+    config.ngram_vocab_size, config.num_hidden_layers, config.num_hidden_ngram_layers = vocabulary.vocab_size, 1, 1
+    model = DNAZenModel(config)
+    model.set_attn_implementation("sdpa")
+    model.select_attention(CPU, torch.float32, training=False)
+    sum_only = lambda *_: lambda query, key, value: (query + key + value, None)  # noqa: E731
+    shapes = _record_shapes(monkeypatch, "sdpa", sum_only)
+    with torch.no_grad():
+        model(**batch)
+    tokens, grams = sorted(shapes, reverse=True, key=lambda shape: shape[-1])
+    assert tokens == (157, batch["max_seqlen"], 65_536, True) and batch["max_seqlen"] > 500
+    assert grams[0] == 157 and 10 < grams[1] < 64 and 2000 < grams[2] < 8000 and not grams[3]
+    for kernel in FLASH_4_KERNELS.values():
+        run, checked = (
+            {(kernel(count, longest), alibi) for count, longest, _, alibi in calls}
+            for calls in (shapes, checked_shapes)
+        )
+        assert run <= checked
+    # FlexAttention's: more than one tile of rows; one tile is there too
+    assert {total > 128 for _, _, total, _ in checked_shapes} == {False, True}
+
+
 def test_the_check_leaves_random_numbers_alone(fresh_selection):
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -351,11 +414,7 @@ def test_model_on_flex_equals_eager(config, make_batch):
 # -- on a GPU -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 64), (12, 128)])
-@pytest.mark.parametrize("name", ["flash_attention_4", "flash_attention_2", "flex_attention"])
-def test_kernels_agree_with_eager_on_a_gpu(name, heads, head_dim):
-    """Forward and gradients, up to 4,096 tokens; each may err twice as much as eager in bf16 does."""
+def _device_that_runs(name, heads, head_dim) -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -365,16 +424,55 @@ def test_kernels_agree_with_eager_on_a_gpu(name, heads, head_dim):
         if "cannot be imported" in str(error) or "compute capability" in str(error):
             pytest.skip(str(error))
         raise
-    for sizes, tail in [*LENGTHS.values(), ([4096, 1, 513], 30)]:
-        cu_seqlens, longest, total, drawn = _inputs(sizes, tail, heads, head_dim, torch.bfloat16, device)
-        for slopes in (alibi_slopes(heads, device), None):
-            results = []
-            for backend, dtype in (("eager", torch.float64), ("eager", torch.bfloat16), (name, torch.bfloat16)):
-                *states, grad = (s.to(dtype).requires_grad_() for s in drawn)
-                context, _ = packed_attention(backend, cu_seqlens, longest, total, slopes)(*states)
-                assert context.isfinite().all()
-                context[: sum(sizes)].backward(grad[: sum(sizes)])
-                results.append(torch.stack([context.detach(), *(s.grad for s in states)]).double()[:, : sum(sizes)])
-            if sum(sizes):
-                error, bound = ((found - results[0]).abs().max() for found in (results[2], results[1]))
-                assert error <= 2 * bound + 1e-5
+    return device
+
+
+def _assert_agrees_with_eager(name, lengths, num_compared, heads, head_dim, device, dtype=torch.bfloat16):
+    """Forward and gradients of the first sequences; each may err twice as much as eager in that type does."""
+    cu_seqlens, longest, total, drawn = _inputs(lengths, heads, head_dim, dtype, device)
+    compared = sum(lengths[:num_compared])
+    for slopes in (alibi_slopes(heads, device), None):
+        results = []
+        for backend, kind in (("eager", torch.float64), ("eager", dtype), (name, dtype)):
+            rows, bounds = (total, cu_seqlens) if backend == name else (compared, cu_seqlens[: num_compared + 1])
+            *states, grad = (s[:rows].to(kind).requires_grad_() for s in drawn)
+            context, _ = packed_attention(backend, bounds, longest, rows, slopes)(*states)
+            context.backward(grad)
+            result = torch.stack([context.detach(), *(s.grad for s in states)])
+            assert result.isfinite().all()
+            results.append(result[:, :compared].double())
+        if compared:
+            error, bound = ((found - results[0]).abs().max() for found in (results[2], results[1]))
+            assert error <= 2 * bound + 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 64), (12, 128)])
+@pytest.mark.parametrize("name", ["flash_attention_4", "flash_attention_2", "flex_attention"])
+def test_kernels_agree_with_eager_on_a_gpu(name, heads, head_dim):
+    """Forward and gradients, up to 4,096 tokens."""
+    device = _device_that_runs(name, heads, head_dim)
+    for sizes in [*LENGTHS.values(), [4096, 1, 513]]:
+        _assert_agrees_with_eager(name, sizes, len(sizes), heads, head_dim, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (12, 128)])
+@pytest.mark.parametrize("name", ["flash_attention_4", "flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize(
+    ("count", "longest", "total"),
+    [(160, 512, 65_536), (300, 512, 65_536), (157, 45, 3000), (300, 45, 3000)],
+    ids=["tokens", "tokens of many sequences", "G-grams", "G-grams of many sequences"],
+)
+def test_kernels_agree_with_eager_at_the_sizes_of_pretraining(name, heads, head_dim, count, longest, total):
+    """All sequences run, and the first ones are compared, for `eager` pads; lengths vary around their mean."""
+    device = _device_that_runs(name, heads, head_dim)
+    lengths = [longest, 0, 1, longest - 1]
+    mean, remainder = divmod(total - sum(lengths), count - len(lengths))
+    for offset in np.random.default_rng(2).integers(0, min(mean, longest - mean - 1), (count - len(lengths) + 1) // 2):
+        lengths += [mean + offset, mean - offset]
+    lengths = [int(length) for length in lengths[:count]]
+    lengths[-1] += total - sum(lengths) - remainder  # the last one has no partner if their number is odd
+    lengths[4 : 4 + remainder] = [length + 1 for length in lengths[4 : 4 + remainder]]
+    assert sum(lengths) == total and len(lengths) == count and max(lengths) == longest and min(lengths) == 0
+    _assert_agrees_with_eager(name, lengths, 24, heads, head_dim, device)

@@ -1,8 +1,8 @@
 """Self-attention of both encoders on packed input: the back-ends, the choice among them, and the projections.
 
 A back-end is a function `(cu_seqlens [B + 1] int32, max_seqlen, total, slopes [heads] fp32 or None) -> Attention`,
-called once for all layers of a forward pass. Rows behind `cu_seqlens[-1]` belong to no sequence: what comes out there is
-finite and depends on no row of a sequence, nor any row of a sequence on it.
+called once for all layers of a forward pass. Each of the `total` rows belongs to a sequence: kernels would leave the
+output and the gradient of any other unwritten.
 """
 
 from dnazen.layers.attention.alibi import alibi_bias, alibi_slopes

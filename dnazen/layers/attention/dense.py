@@ -35,32 +35,27 @@ def _sequence_bounds(cu_seqlens: Tensor, max_seqlen: int, total: int) -> list[in
     """`cu_seqlens` on the host.
 
     Raises:
-        ValueError: it does not ascend from 0 to at most `total` in steps of at most `max_seqlen`.
+        ValueError: it does not ascend from 0 to `total` in steps of at most `max_seqlen`.
     """
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(bounds, bounds[1:])]
-    if bounds[0] != 0 or bounds[-1] > total or min(lengths) < 0 or max(lengths) > max_seqlen:
+    if bounds[0] != 0 or bounds[-1] != total or min(lengths) < 0 or max(lengths) > max_seqlen:
         raise ValueError(
-            f"cu_seqlens: expected to ascend from 0 to at most {total} by at most {max_seqlen}, the longest sequence's "
-            f"length, found {bounds}"
+            f"cu_seqlens: expected to ascend from 0 to {total} by at most {max_seqlen}, the longest sequence's length, "
+            f"found {bounds}"
         )
     return bounds
 
 
-def _append_zeros(context: Tensor, total: int) -> Tensor:
-    """`[used, ...]` to `[total, ...]`."""
-    return torch.cat([context, context.new_zeros(total - len(context), *context.shape[1:])])
-
-
 def eager_attention(cu_seqlens: Tensor, max_seqlen: int, total: int, slopes: Tensor | None) -> Attention:
     """Attention on packed `[T, heads, head_dim]` that pads, runs `padded_attention`, and unpads."""
-    used = _sequence_bounds(cu_seqlens, max_seqlen, total)[-1]
-    layout = PaddedLayout.from_cu_seqlens(cu_seqlens, max_seqlen, used)
+    _sequence_bounds(cu_seqlens, max_seqlen, total)
+    layout = PaddedLayout.from_cu_seqlens(cu_seqlens, max_seqlen, total)
     padded = padded_attention(cu_seqlens, max_seqlen, slopes)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        context, weights = padded(*(layout.pad(states[:used]) for states in (query, key, value)))
-        return _append_zeros(layout.unpad(context), total), weights
+        context, weights = padded(*map(layout.pad, (query, key, value)))
+        return layout.unpad(context), weights
 
     return attend
 
@@ -88,6 +83,6 @@ def sdpa_attention(cu_seqlens: Tensor, max_seqlen: int, total: int, slopes: Tens
                 mask = mask.to(query.dtype)  # the CPU kernel takes an fp32 bias with bf16 states, those for CUDA do not
             context = F.scaled_dot_product_attention(*run, attn_mask=mask)
             contexts.append(context.transpose(1, 2).flatten(0, 1))
-        return _append_zeros(torch.cat(contexts), total), None
+        return torch.cat(contexts), None
 
     return attend

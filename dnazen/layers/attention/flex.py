@@ -7,15 +7,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dnazen.layers.attention.dense import Attention
+from dnazen.layers.compilation import compile_dynamic
 
 BLOCK = 128  # rows and columns of a tile that is skipped or computed
 
 
 @lru_cache
 def _compiled_flex_attention():
-    # dynamic: the number of tokens and of G-grams is another in every batch; fullgraph: else, compiled too often, it
-    # would go on without its kernel in silence, in memory that grows with the square of their number
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    # without graph breaks: else, compiled too often, it would go on without its kernel in silence, in memory that grows
+    # with the square of the number of rows
+    return compile_dynamic(flex_attention)
 
 
 def sequence_block_mask(cu_seqlens: Tensor, total: int) -> BlockMask:
@@ -25,17 +26,15 @@ def sequence_block_mask(cu_seqlens: Tensor, total: int) -> BlockMask:
     """
     row = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:], row, right=True, out_int32=True)
-    sequence = sequence.masked_fill(row >= cu_seqlens[-1], -1)
 
     def same_sequence(batch, head, q_idx, kv_idx):
-        return (sequence[q_idx] == sequence[kv_idx]) & (sequence[q_idx] >= 0)
+        return sequence[q_idx] == sequence[kv_idx]
 
     first_row = row[::BLOCK]
     last_row = (first_row + BLOCK - 1).clamp(max=total - 1)
-    first, last = sequence[first_row], sequence[last_row.minimum(cu_seqlens[-1] - 1).maximum(first_row)]
-    is_real = first >= 0
-    is_needed = (first[:, None] <= last) & (first <= last[:, None]) & is_real & is_real[:, None]
-    is_whole = (first == sequence[last_row]) & (last_row - first_row == BLOCK - 1)  # one sequence, and no row missing
+    first, last = sequence[first_row], sequence[last_row]
+    is_needed = (first[:, None] <= last) & (first <= last[:, None])
+    is_whole = (first == last) & (last_row - first_row == BLOCK - 1)  # one sequence, and no row missing
     is_full = is_needed & is_whole & is_whole[:, None]
 
     def ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:

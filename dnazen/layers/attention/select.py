@@ -1,6 +1,7 @@
 """Which back-end attention runs on: chosen once for a device and type, with the reason why each better one was not."""
 
 import importlib
+import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,8 +21,11 @@ BACKENDS = {
     "sdpa": sdpa_attention,
     "eager": eager_attention,
 }
-# one of each: alone, shorter and longer than a tile, empty, whole tiles; then rows of no sequence
-_PARITY_LENGTHS, _PARITY_TAIL = (1, 17, 0, 200, 128), 9
+# What the check runs on: neighboring groups of sequences, together a batch. FlashAttention-4 compiles other kernels
+# for more than 256 sequences, and for a longest one of at most 128, 192 or 256 rows (by architecture and head_dim), and
+# FlexAttention for at most 128 rows in all; the batches are of each kind. Sequences are alone, empty, and whole tiles.
+_PARITY_GROUPS = (300,), tuple(i // 100 for i in range(300)), (45, 0, 17), (200, 1, 0, 128)
+_PARITY_BATCHES = [slice(first, end) for first, end in ((0, 1), (2, 3), (3, 4), (0, 2), (1, 3), (1, 4))]
 
 
 class Selection(NamedTuple):
@@ -41,13 +45,18 @@ def packed_attention(
 
     `name` is a key of `BACKENDS`; only "eager" returns the weights too. `cu_seqlens` is `[B + 1]` int32, and a sequence
     may be empty; with ALiBi's `slopes [heads]` fp32, `-slope * |i - j|` is added to the scores.
+
+    Raises:
+        ValueError, RuntimeError: `cu_seqlens` does not end at `total`. For "flex_attention" and the flash packages,
+            where the host does not wait, that is an assertion on the device.
     """
     if total == 0 and name != "eager":
         return lambda query, key, value: (query + key + value, None)  # no row, but a (zero) gradient for all three
+    if name not in ("eager", "sdpa"):  # these read all of it on the host, and say more
+        torch._assert_async(cu_seqlens[-1] == total, f"cu_seqlens: expected to end at {total}, the number of rows")
     return BACKENDS[name](cu_seqlens, max_seqlen, total, slopes)
 
 
-@lru_cache
 def select_attention(
     requested: str | None,
     device: torch.device,
@@ -83,6 +92,7 @@ def select_attention(
     return Selection(requested, {})
 
 
+@lru_cache  # the check is for once; a choice is made in every forward pass
 def _obstacle(
     name: str, device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int, training: bool
 ) -> str | None:
@@ -128,37 +138,39 @@ def _flash_obstacle(name: str, capability: tuple[int, int], dtype: torch.dtype, 
 def _disagreement(
     name: str, device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int, training: bool
 ) -> str | None:
-    """How it differs from `eager` on small random input, with ALiBi and without, or None if it does not.
+    """How it differs from `eager` on random input, with ALiBi and without, or None if it does not.
 
     It may err twice as much as `eager` in the same type does (both against `eager` on fp64 input): the rule of
-    FlashAttention's own tests.
+    FlashAttention's own tests. `eager` gets one group of sequences at a time, for it pads them.
     """
-    cu_seqlens = torch.tensor([0, *_PARITY_LENGTHS]).cumsum(0).to(device=device, dtype=torch.int32)
-    longest, used = max(_PARITY_LENGTHS), sum(_PARITY_LENGTHS)
-    total = used + _PARITY_TAIL
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(4, total, num_heads, head_dim, generator=generator).to(device=device, dtype=dtype)
+    shapes = [(4, sum(lengths), num_heads, head_dim) for lengths in _PARITY_GROUPS]
+    drawn = [torch.randn(shape, generator=generator).to(device=device, dtype=dtype) for shape in shapes]
 
-    def run(backend: str, slopes: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def run(backend: str, batch: slice, slopes: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Context and, if training, the three gradients, `[1 or 4, total, heads, head_dim]` fp64."""
-        *states, grad = (states.to(dtype).requires_grad_(training) for states in drawn)
-        context, _ = packed_attention(backend, cu_seqlens, longest, total, slopes)(*states)
-        gradients = torch.autograd.grad(context[:used], states, grad[:used]) if training else ()
+        lengths = list(itertools.chain(*_PARITY_GROUPS[batch]))
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+        *states, grad = (states.to(dtype).requires_grad_(training) for states in torch.cat(drawn[batch], dim=1))
+        context, _ = packed_attention(backend, cu_seqlens, max(lengths), sum(lengths), slopes)(*states)
+        gradients = torch.autograd.grad(context, states, grad) if training else ()
         return torch.stack([context.detach(), *gradients]).double()
 
     with torch.autocast(device.type, enabled=False), torch.set_grad_enabled(training):
         for slopes in (alibi_slopes(num_heads, device), None):
-            expected, same_type, found = (
-                run(backend, slopes, kind) for backend, kind in (("eager", torch.float64), ("eager", dtype), (name, dtype))
+            exact, same_type = (
+                [run("eager", slice(group, group + 1), slopes, kind) for group in range(len(_PARITY_GROUPS))]
+                for kind in (torch.float64, dtype)
             )
-            if not found.isfinite().all():
-                return "its output or gradient is not finite on small input"
-            error, bound = (
-                (states - expected)[:, :used].abs().max().item() for states in (found, same_type)
-            )
-            bound = 2 * bound + 1e-5
-            if error > bound:
-                return f"it differs from eager on small input by {error:.1e}, more than {bound:.1e}"
-            if training and found[1:, used:].any():
-                return "it gives a gradient to rows of no sequence"
+            for batch in _PARITY_BATCHES:
+                found = run(name, batch, slopes, dtype)
+                if not found.isfinite().all():
+                    return "its output or gradient is not finite on small input"
+                error, bound = (
+                    (states - torch.cat(exact[batch], dim=1)).abs().max().item()
+                    for states in (found, torch.cat(same_type[batch], dim=1))
+                )
+                bound = 2 * bound + 1e-5
+                if error > bound:
+                    return f"it differs from eager on small input by {error:.1e}, more than {bound:.1e}"
     return None
