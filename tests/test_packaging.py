@@ -17,14 +17,15 @@ ALLOWED = {
     "dnazen.ngram": {"dnazen.ngram", "dnazen.data", "dnazen.files", "dnazen_kernels", "dnazen"},
     "dnazen.data": {"dnazen.data", "dnazen.ngram", "dnazen.files", "dnazen_kernels", "dnazen"},
     "dnazen.train": {
-        "dnazen.train", "dnazen.data", "dnazen.models", "dnazen.ngram", "dnazen.files", "dnazen_kernels", "dnazen"
+        "dnazen.train", "dnazen.data", "dnazen.models", "dnazen.ngram", "dnazen.files", "dnazen_kernels", "dnazen",
+        "dnazen.environment",
     },
     "dnazen.inference": {
         "dnazen.inference", "dnazen.train", "dnazen.data", "dnazen.models", "dnazen.ngram", "dnazen.files", "dnazen"
     },
     "dnazen.finetune": {
         "dnazen.finetune", "dnazen.inference", "dnazen.train", "dnazen.data", "dnazen.models", "dnazen.ngram",
-        "dnazen.files", "dnazen",
+        "dnazen.files", "dnazen", "dnazen.environment",
     },
     "dnazen.gue": {"dnazen.gue", "dnazen.finetune", "dnazen.train", "dnazen.files", "dnazen"},
 }  # fmt: skip
