@@ -247,7 +247,7 @@ def main() -> None:
 def predict(genome: Genome, model: str, num_tokens: int, *operator_tokens: int) -> dict[str, Any]:
     """Of a step of `num_tokens` tokens: `ms`, `tokens_per_second`, `mfu`, `launches` and the `parts`' ms, the costliest
     first; of both shapes of `benchmarks.attention`: ms of forward and backward; of the implementations of the operators,
-    by the number of tokens: ms of forward and backward together. All at an H200's measured bandwidth and arithmetic.
+    by the most tokens of a batch: ms of forward and backward together. All at an H200's measured bandwidth and arithmetic.
     """
     batch = make_batch(genome, num_tokens)
     sizes = {"vocab_size": genome.vocab_size, "ngram_vocab_size": 1 + max(genome.vocabulary.values())}
@@ -258,12 +258,14 @@ def predict(genome: Genome, model: str, num_tokens: int, *operator_tokens: int) 
     for name, shape in SHAPES.items():
         forward, *backward = attention_kernels(torch.from_numpy(shape.lengths()), 768)
         attention[name] = {"fwd": 1e3 * forward.seconds, "bwd": 1e3 * sum(kernel.seconds for kernel in backward)}
-    operators = {}
-    for count in operator_tokens:
-        batch_of_operator = make_batch(genome, count)
-        for name in ("ngram_fusion", "residual_layer_norm"):
-            rows = {row.name: 1e3 * row.seconds(BANDWIDTH) for row in implementation_rows(batch_of_operator, name)}
-            operators[f"{name}, {len(batch_of_operator.input_ids)} tokens"] = rows
+    batches = {count: make_batch(genome, count) for count in operator_tokens}
+    operators = {
+        name: {
+            count: {row.name: 1e3 * row.seconds(BANDWIDTH) for row in implementation_rows(batch_of_count, name)}
+            for count, batch_of_count in batches.items()
+        }
+        for name in ("ngram_fusion", "residual_layer_norm")
+    }
     return {
         "ms": 1e3 * seconds,
         "tokens_per_second": len(batch.input_ids) / seconds,

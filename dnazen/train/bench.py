@@ -161,7 +161,8 @@ def summarize_profile(events: Iterable[Any], num_steps: int) -> dict[str, Any]:
         `calls` and `ms`. `busy_ms`, `idle_ms` of the GPU, and `gaps`: the ten operators of the host in whose course, or in
         Python between operators, the GPU was idle longest. The last three are None without a GPU.
     """
-    host = [event for event in events if event.device_type == DeviceType.CPU]
+    # a step's own mark covers everything
+    host = [e for e in events if e.device_type == DeviceType.CPU and not e.name.startswith("ProfilerStep")]
     device = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
     costs: dict[str, list[float]] = {}
     for event in device or host:
@@ -175,8 +176,7 @@ def summarize_profile(events: Iterable[Any], num_steps: int) -> dict[str, Any]:
     gaps = idle_gaps(spans)
     idle = sum(end - start for start, end in gaps)
     whole = max(end for _, end in spans) - min(start for start, _ in spans)
-    # the outermost operator says more than the launch in its depth; a step's own mark covers everything
-    host = [event for event in host if not event.name.startswith("ProfilerStep")]
+    # the outermost operator says more than the launch in its depth
     starts, ends = (np.array([getattr(event.time_range, name) for event in host]) for name in ("start", "end"))
     waits: dict[str, list[float]] = {}
     for start, end in gaps:
