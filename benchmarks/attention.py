@@ -2,9 +2,9 @@
 
     python -m benchmarks.attention --attn-implementation NAME --output FILE [--small]
 
-Writes JSON: for the tokens (65,536 in 300 sequences, with ALiBi) and the G-grams (3,000, at most 45 in each), the 20, 50
-and 80 % quantiles of forward and backward in ms, and the largest error of context and gradients against `eager` in fp32,
-beside that of `eager` in the same type: a back-end may err twice as much (the rule of FlashAttention's tests).
+Writes JSON: for the tokens (65,536 in 300 sequences, with ALiBi) and the G-grams (3,000, at most 45 in each), the 20,
+50 and 80 % quantiles of forward and backward in ms, and the largest error of context and gradients against `eager` in
+fp32, beside that of `eager` in the same type: a back-end may err twice as much (the rule of FlashAttention's tests).
 `--small` is for a machine without a GPU.
 """
 
@@ -49,7 +49,7 @@ SMALL = {"tokens": Shape(300, 5, 128, True), "G-grams": Shape(20, 5, 9, False)}
 
 
 def attend(name: str, shape: Shape, states: Tensor) -> Case:
-    """A Case of the registry; `states` is query, key, value and the context's gradient, `[4, total, heads, head_dim]`."""
+    """A Case; `states` is query, key, value and the context's gradient, `[4, total, heads, head_dim]`."""
     offsets = torch.from_numpy(np.concatenate([[0], shape.lengths().cumsum()]))
     offsets = offsets.to(states.device, torch.int32)
     slopes = alibi_slopes(NUM_HEADS, states.device) if shape.alibi else None

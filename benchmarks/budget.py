@@ -3,8 +3,8 @@
     python -m benchmarks.budget [--fasta FILE --tokenizer DIR]
     python -m benchmarks.budget --corpus DIR --ngrams DIR [--model SIZE --tokens N] --output FILE
 
-Prints the table of README.md here, in Markdown; `--output` writes what `benchmarks.gpu` holds its measurements against, for
-a prepared corpus, as JSON. Needs no GPU. Kernels of compiled parts are those that PyTorch's
+Prints the table of README.md here, in Markdown; `--output` writes what `benchmarks.gpu` holds its measurements against,
+for a prepared corpus, as JSON. Needs no GPU. Kernels of compiled parts are those that PyTorch's
 compiler schedules for them; of the others, one for each of PyTorch's operations. A kernel takes as long as its
 arithmetic or its traffic, whichever is longer, at what was measured on an H200; traffic is each operand once, and
 launching costs nothing.
@@ -35,6 +35,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.attention import SHAPES
 from benchmarks.batches import Batch, Genome, add_genome_arguments, load_genomes, make_batch, open_genome
 from benchmarks.roofline import LAUNCH_SECONDS, Traffic, implementation_rows, integer_rows
+from benchmarks.run import BATCH_TOKENS
 from dnazen.files import write_json
 from dnazen.layers.encoder import NgramLayer, TokenLayer
 from dnazen.layers.fusion import packed_add_norm
@@ -232,7 +233,8 @@ def main() -> None:
     parser.add_argument("--corpus", metavar="DIR", help="a prepared corpus, instead of --fasta")
     parser.add_argument("--ngrams", metavar="DIR", help="its G-grams")
     parser.add_argument("--model", default="base", help="with --corpus (%(default)s)")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[65_536, 32_768, 262_144], help="of a step; and of operators")
+    tokens = [RECIPES["base"].max_batch_tokens, *BATCH_TOKENS]
+    parser.add_argument("--tokens", type=int, nargs="+", default=tokens, help="of a step; of operators")
     parser.add_argument("--output", type=Path, metavar="FILE")
     args = parser.parse_args()
     if args.corpus is not None:
@@ -246,8 +248,8 @@ def main() -> None:
 
 def predict(genome: Genome, model: str, num_tokens: int, *operator_tokens: int) -> dict[str, Any]:
     """Of a step of `num_tokens` tokens: `ms`, `tokens_per_second`, `mfu`, `launches` and the `parts`' ms, the costliest
-    first; of both shapes of `benchmarks.attention`: ms of forward and backward; of the implementations of the operators,
-    by the most tokens of a batch: ms of forward and backward together. All at an H200's measured bandwidth and arithmetic.
+    first; of both shapes of `benchmarks.attention`: ms of forward and backward; of the implementations of the
+    operators, by the most tokens of a batch: ms of forward and backward together. All at what an H200 was measured at.
     """
     batch = make_batch(genome, num_tokens)
     sizes = {"vocab_size": genome.vocab_size, "ngram_vocab_size": 1 + max(genome.vocabulary.values())}

@@ -2,10 +2,10 @@
 
     python -m benchmarks.carry --output-dir DIR [--part-mb 60]
 
-For Python 3.12 on Linux x86-64, with PyTorch, Triton, transformers and their kin there already, but no network. Writes two
-archives, cut into parts: `base` (the commit that is checked out, DeepSpeed and small packages, data and predictions for
-`benchmarks.gpu`) and `flash4` (FlashAttention-4); and `unpack.py`, which is to be run there beside the parts, all at once
-or as they come:
+For Python 3.12 on Linux x86-64, with PyTorch, Triton, transformers and their kin there already, but no network. Writes
+two archives, cut into parts: `base` (the commit that is checked out, DeepSpeed and small packages, data and predictions
+for `benchmarks.gpu`) and `flash4` (FlashAttention-4); and `unpack.py`, which is to be run there beside the parts, all
+at once or as they come:
 
     python unpack.py TARGET_DIR
 
@@ -25,8 +25,8 @@ from dnazen.files import sha256_file, write_json
 
 PACKAGES = {
     "base": (
-        "hjson", "py-cpuinfo", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "xopen", "isal", "zlib-ng",
-        "pysam", "biopython",
+        "hjson", "py-cpuinfo", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "xopen", "isal",
+        "zlib-ng", "pysam", "biopython",
     ),
     "flash4": (
         "flash-attn-4>=4.0.0b36", "nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "nvidia-cutlass-dsl-libs-core",
@@ -98,14 +98,14 @@ def pack(folder: Path, output_dir: Path, most: int) -> None:
 
 
 def prepare_base(folder: Path) -> None:
-    """The project as committed, DeepSpeed, which is packed from its source, and what the first steps of a sitting make."""
+    """The project as committed, DeepSpeed, packed from its source, and what the first steps of a sitting make."""
     project = folder / "dnazen"
     project.mkdir(parents=True)
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
     subprocess.run(["tar", "-x", "-C", str(project)], input=archive, check=True)
     (project / "COMMIT").write_text(commit() + "\n")
-    wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder / "wheels" / "base"]
-    call(*wheel, f"deepspeed=={installed('deepspeed')}")
+    wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    call(*wheel, "-w", folder / "wheels" / "base", f"deepspeed=={installed('deepspeed')}")
     with tempfile.TemporaryDirectory() as scratch:
         sitting = Sitting(Path(scratch), folder / "data", dry=False)
         sitting.steps = [step for step in sitting.steps if step.figures == "made"]
@@ -120,7 +120,8 @@ def download(packages: tuple[str, ...], folder: Path) -> None:
     target += [word for name in platforms for word in ("--platform", name)]
     target += [word for name in ("cp312", "abi3", "none") for word in ("--abi", name)]
     wanted = [f"{name}=={installed(name)}" if installed(name) else name for name in packages]
-    call(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", *target, "-d", folder, *wanted)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", *target]
+    call(*pip, "-d", folder, *wanted)
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 """Times of every operator's implementations on real batches, in one run and on one device.
 
-    python -m benchmarks.run [--op OP] [--impl NAME] [--mode fwd|bwd|fwdbwd] [--hidden-size H] [--fasta FILE --tokenizer DIR]
+    python -m benchmarks.run [--op OP] [--impl NAME] [--mode fwd|bwd|fwdbwd] [--fasta FILE --tokenizer DIR]
 
-Runs an operator's tests first (`--skip-tests`: not) and times nothing that fails them. `--set WARPS_PER_SM=12` tries another
-value of a constant of the fusion's kernels, to tune it. Appends one row per measurement to `<device>.csv` in `--output-dir`: what runs on the GPU to the GPU's file, what runs on one CPU core to the CPU's.
+Runs an operator's tests first (`--skip-tests`: not) and times nothing that fails them. `--set WARPS_PER_SM=12` tries
+another value of a constant of the fusion's kernels, to tune it. Appends one row per measurement to `<device>.csv` in
+`--output-dir`: what runs on the GPU to the GPU's file, what runs on one CPU core to the CPU's.
 Without a GPU the operators that need one are left out, and no row is written for them. Columns: README.md here.
 """
 

@@ -75,8 +75,8 @@ class FixedLength(Dataset):
 
 
 class Compilations:
-    """Counts what this process compiles, or loads compiled: Dynamo's graphs, Triton's kernels (those that a graph brings
-    belong to the graph), FlashAttention-4's kernels.
+    """Counts what this process compiles, or loads compiled: Dynamo's graphs, Triton's kernels (those that a graph
+    brings belong to the graph), FlashAttention-4's kernels.
     """
 
     def __init__(self) -> None:
@@ -98,8 +98,8 @@ class Compilations:
 
 
 class Stopwatch(TrainerCallback):
-    """Waits until nothing compiles any more, measures until `seconds` have passed, profiles some steps if a folder is given
-    to write to, and stops the run.
+    """Waits until nothing compiles any more, measures until `seconds` have passed, profiles some steps if a folder is
+    given to write to, and stops the run.
     """
 
     def __init__(self, trainer: "BenchTrainer", seconds: float, profile_folder: str | None):
@@ -158,8 +158,8 @@ def summarize_profile(events: Iterable[Any], num_steps: int) -> dict[str, Any]:
 
     Returns:
         `expensive`: the ten kernels (without a GPU: operators, without what they call) that take longest together, with
-        `calls` and `ms`. `busy_ms`, `idle_ms` of the GPU, and `gaps`: the ten operators of the host in whose course, or in
-        Python between operators, the GPU was idle longest. The last three are None without a GPU.
+        `calls` and `ms`. `busy_ms`, `idle_ms` of the GPU, and `gaps`: the ten operators of the host in whose course, or
+        in Python between operators, the GPU was idle longest. The last three are None without a GPU.
     """
     # a step's own mark covers everything
     host = [e for e in events if e.device_type == DeviceType.CPU and not e.name.startswith("ProfilerStep")]
@@ -197,7 +197,7 @@ def _largest(costs: dict[str, list[float]], num_steps: int) -> list[dict[str, An
 
 
 def write_profile(profiler: torch.profiler.profile, folder: str) -> None:
-    """`profile.json` (see `summarize_profile`) and, unless it is large, `trace.json.gz` for Chrome's viewer or Perfetto."""
+    """`profile.json` (`summarize_profile`) and, unless it is large, `trace.json.gz` for Chrome's viewer or Perfetto."""
     trace = Path(folder) / "trace.json.gz"
     profiler.export_chrome_trace(str(trace))
     if trace.stat().st_size > LARGEST_TRACE:
@@ -278,8 +278,8 @@ def measure(
     """Train for `seconds` after a warm-up, in this process; returns what came out.
 
     With `impl="reference"` sequences are padded to the corpus' longest possible one, the matching matrix is dense, the
-    fusion an einsum and attention explicit; nothing is compiled. To `profile_folder`, unless it is None, goes a profile of
-    some further steps.
+    fusion an einsum and attention explicit; nothing is compiled. To `profile_folder`, unless it is None, goes a profile
+    of some further steps.
     """
     if deepspeed is not None:  # which wants to be told that it is alone
         with socket.socket() as listener:
@@ -407,8 +407,8 @@ def bench(
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 profile_folder = str(folder) if profile and name == "auto" else None
                 job = pool.submit(
-                    measure, name, corpus, ngrams, model, seconds, max_batch_tokens, precision, deepspeed, torch_compile,
-                    attn_implementation, profile_folder,
+                    measure, name, corpus, ngrams, model, seconds, max_batch_tokens, precision, deepspeed,
+                    torch_compile, attn_implementation, profile_folder,
                 )  # fmt: skip
                 try:
                     rows.append(job.result())
@@ -477,7 +477,8 @@ def format_profile(profile: dict[str, Any]) -> list[str]:
     lines += table(profile["expensive"])
     if profile["gaps"] is None:
         return [*lines, "no GPU, so no gaps"]
-    lines.append(f"in a step, GPU busy {profile['busy_ms']:.2f} ms, idle {profile['idle_ms']:.2f} ms, the host being in:")
+    busy, idle = profile["busy_ms"], profile["idle_ms"]
+    lines.append(f"in a step, GPU busy {busy:.2f} ms, idle {idle:.2f} ms, the host being in:")
     return lines + table(profile["gaps"])
 
 
