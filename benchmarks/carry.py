@@ -38,6 +38,7 @@ UNPACK = '''\
 """Join, check, unpack and install what lies beside this file: python unpack.py TARGET_DIR"""
 
 import hashlib
+import io
 import json
 import pathlib
 import subprocess
@@ -51,18 +52,13 @@ for name, parts in json.loads((here / "parts.json").read_text()).items():
     if missing:
         print(f"{name}: waiting for {', '.join(missing)}")
         continue
-    target.mkdir(parents=True, exist_ok=True)
-    archive = target / f"{name}.tar"
-    with archive.open("wb") as joined:
-        for part, digest in parts.items():
-            content = (here / part).read_bytes()
-            found = hashlib.sha256(content).hexdigest()
-            if found != digest:
-                sys.exit(f"{part}: expected SHA-256 {digest}, found {found}; bring it again")
-            joined.write(content)
-    with tarfile.open(archive) as tar:
+    contents = [(here / part).read_bytes() for part in parts]
+    for (part, expected), content in zip(parts.items(), contents):
+        found = hashlib.sha256(content).hexdigest()
+        if found != expected:
+            sys.exit(f"{part}: expected SHA-256 {expected}, found {found}; bring it again")
+    with tarfile.open(fileobj=io.BytesIO(b"".join(contents))) as tar:
         tar.extractall(target, filter="data")
-    archive.unlink()
     wheels = sorted(map(str, (target / "wheels" / name).glob("*.whl")))
     if wheels:
         subprocess.run([*pip, *wheels], check=True)

@@ -124,6 +124,7 @@ def plan(dry: bool) -> list[Step]:
     words = f"corpus {genome}--tokenizer {{data}}/tokenizer --max-tokens {most} --validation-fraction 0.05 "
     sizes = "--model tiny --tokens 512 256 " if dry else ""
     fusions, flash_4 = ("ngram_fusion", "residual_layer_norm"), {"needs": "flash-attn-4", "left_out": gpu_only}
+    masking = operate("ngram_masking", "fwd", limit=240, left_out="")
     sanitizer = "compute-sanitizer --error-exitcode 1 " + tests + "tests/ops/test_ngram_masking.py -k test_cases"
     tokenizer = f"tokenizer {genome}--vocab-size {vocabulary} "
     return [
@@ -153,7 +154,7 @@ def plan(dry: bool) -> list[Step]:
         *(operate(op, "fwdbwd", limit=420) for op in fusions),
         *(operate(op, mode, "triton") for op in fusions for mode in ("fwd", "bwd")),
         operate("ngram_matching", "fwd", limit=240, left_out="as ngram_masking" * dry),
-        operate("ngram_masking", "fwd", "PyTorch" * dry, limit=240, left_out=""),
+        masking._replace(command=masking.command + " --impl PyTorch" * dry),
         *(operate(op, mode, "triton", f"{name}={value}")
           for name, (op, mode, values) in TUNED.items() for value in values),
         Step("compute-sanitizer", sanitizer, 480, "tests", needs="compute-sanitizer", left_out=gpu_only,
