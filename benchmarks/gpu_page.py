@@ -36,7 +36,8 @@ class Figure(NamedTuple):
 
 
 def read_doctor(path: Path, log: str, predicted: dict) -> list[Figure]:
-    return [Figure(*line.split(maxsplit=1)) for line in log.splitlines() if " " in line.strip()]
+    told = re.findall(r"^(GPU(?: \d+)?|DeepSpeed|attention|matching|masking|fusion) +(.+)$", log, re.MULTILINE)
+    return [Figure(what, found) for what, found in told]  # versions stand at the page's head
 
 
 def read_tests(path: Path, log: str, predicted: dict) -> list[Figure]:

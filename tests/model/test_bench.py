@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,6 +82,16 @@ def test_kernels_are_counted_once(compilations, monkeypatch):
         jitted.warmup(dtype, number, grid=(1,))
         found.append(compilations.total() - before)
     assert found == [1, 1, 2, 3]  # 16 is compiled as a multiple of 16
+
+
+def test_flash_attention_4_is_counted(compilations, monkeypatch):
+    """By a stand-in for the package: functions that share caches, as in 4.0.0b36."""
+    forward, backward = (SimpleNamespace(compile_cache=SimpleNamespace(cache={})) for _ in range(2))
+    interface = SimpleNamespace(forward=forward, same=forward, backward=backward, other=3)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", interface)
+    before = compilations.total()
+    forward.compile_cache.cache["sm_90"] = backward.compile_cache.cache["sm_90"] = "kernel"
+    assert compilations.total() - before == 2
 
 
 class Recorder:
