@@ -59,13 +59,17 @@ def load_genomes(fasta: str | Path, tokenizer: str | Path | None, lengths: tuple
             source = ("--fasta", fasta, "--tokenizer", tokenizer)
             _run("corpus", *source, "--output-dir", corpus, "--max-tokens", length - 2)
             _run("ngrams", "--corpus", corpus, "--output-dir", ngrams)
-            opened = Corpus.open(corpus)
-            vocabulary = load_ngrams(ngrams, opened)
-            ngram_ids = dict(zip(vocabulary.ngrams, vocabulary.ids, strict=True))
-            sequences = [opened.train[index].tolist() for index in range(len(opened.train.lengths))]
-            vocab_size = 1 + max(map(max, sequences))
-            genomes[length] = Genome(Path(fasta).name.split(".")[0], sequences, ngram_ids, vocab_size)
+            genomes[length] = open_genome(corpus, ngrams, Path(fasta).name.split(".")[0])
     return genomes
+
+
+def open_genome(corpus: str | Path, ngrams: str | Path, name: str) -> Genome:
+    """What `dnazen corpus` and `dnazen ngrams` wrote."""
+    opened = Corpus.open(corpus)
+    vocabulary = load_ngrams(ngrams, opened)
+    ngram_ids = dict(zip(vocabulary.ngrams, vocabulary.ids, strict=True))
+    sequences = [opened.train[index].tolist() for index in range(len(opened.train.lengths))]
+    return Genome(name, sequences, ngram_ids, 1 + max(map(max, sequences)))
 
 
 def _run(*words: object) -> None:

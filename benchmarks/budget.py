@@ -1,8 +1,10 @@
 """What one training step of the base model must compute and move, part by part, and the time that takes: predicted.
 
     python -m benchmarks.budget [--fasta FILE --tokenizer DIR]
+    python -m benchmarks.budget --corpus DIR --ngrams DIR [--model SIZE --tokens N] --output FILE
 
-Prints the table of README.md here, in Markdown. Needs no GPU. Kernels of compiled parts are those that PyTorch's
+Prints the table of README.md here, in Markdown; `--output` writes what `benchmarks.gpu` holds its measurements against,
+for a prepared corpus, as JSON. Needs no GPU. Kernels of compiled parts are those that PyTorch's
 compiler schedules for them; of the others, one for each of PyTorch's operations. A kernel takes as long as its
 arithmetic or its traffic, whichever is longer, at what was measured on an H200; traffic is each operand once, and
 launching costs nothing.
@@ -13,7 +15,8 @@ import argparse
 import functools
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
@@ -29,8 +32,11 @@ from torch._inductor.scheduler import Scheduler
 from torch._inductor.virtualized import V
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.batches import Batch, add_genome_arguments, load_genomes, make_batch
-from benchmarks.roofline import LAUNCH_SECONDS, Traffic, integer_rows
+from benchmarks.attention import SHAPES
+from benchmarks.batches import Batch, Genome, add_genome_arguments, load_genomes, make_batch, open_genome
+from benchmarks.roofline import LAUNCH_SECONDS, Traffic, implementation_rows, integer_rows
+from benchmarks.run import BATCH_TOKENS
+from dnazen.files import write_json
 from dnazen.layers.encoder import NgramLayer, TokenLayer
 from dnazen.layers.fusion import packed_add_norm
 from dnazen.layers.padding import PackedBatch
@@ -224,10 +230,53 @@ def print_table(parts: list[Part], owed_flops: float, num_tokens: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_genome_arguments(parser)
+    parser.add_argument("--corpus", metavar="DIR", help="a prepared corpus, instead of --fasta")
+    parser.add_argument("--ngrams", metavar="DIR", help="its G-grams")
+    parser.add_argument("--model", default="base", help="with --corpus (%(default)s)")
+    tokens = [RECIPES["base"].max_batch_tokens, *BATCH_TOKENS]
+    parser.add_argument("--tokens", type=int, nargs="+", default=tokens, help="of a step; of operators")
+    parser.add_argument("--output", type=Path, metavar="FILE")
     args = parser.parse_args()
+    if args.corpus is not None:
+        genome = open_genome(args.corpus, args.ngrams, "corpus")
+        write_json(args.output, predict(genome, args.model, *args.tokens))
+        return
     batch = make_batch(load_genomes(args.fasta, args.tokenizer, (SEQUENCE_LENGTH,))[SEQUENCE_LENGTH], RECIPES["base"].max_batch_tokens)
     config = DNAZenConfig.from_size("base", vocab_size=4096, ngram_vocab_size=NGRAM_VOCAB_SIZE)
     print_table(parts_of_step(config, batch), owed(config, batch), len(batch.input_ids))
+
+
+def predict(genome: Genome, model: str, num_tokens: int, *operator_tokens: int) -> dict[str, Any]:
+    """Of a step of `num_tokens` tokens: `ms`, `tokens_per_second`, `mfu`, `launches` and the `parts`' ms, the costliest
+    first; of both shapes of `benchmarks.attention`: ms of forward and backward; of the implementations of the
+    operators, by the most tokens of a batch: ms of forward and backward together. All at what an H200 was measured at.
+    """
+    batch = make_batch(genome, num_tokens)
+    sizes = {"vocab_size": genome.vocab_size, "ngram_vocab_size": 1 + max(genome.vocabulary.values())}
+    config = DNAZenConfig.from_size(model, **sizes)
+    parts = parts_of_step(config, batch)
+    seconds = sum(part.seconds for part in parts)
+    attention = {}
+    for name, shape in SHAPES.items():
+        forward, *backward = attention_kernels(torch.from_numpy(shape.lengths()), 768)
+        attention[name] = {"fwd": 1e3 * forward.seconds, "bwd": 1e3 * sum(kernel.seconds for kernel in backward)}
+    batches = {count: make_batch(genome, count) for count in operator_tokens}
+    operators = {
+        name: {
+            count: {row.name: 1e3 * row.seconds(BANDWIDTH) for row in implementation_rows(batch_of_count, name)}
+            for count, batch_of_count in batches.items()
+        }
+        for name in ("ngram_fusion", "residual_layer_norm")
+    }
+    return {
+        "ms": 1e3 * seconds,
+        "tokens_per_second": len(batch.input_ids) / seconds,
+        "mfu": owed(config, batch) / seconds / DATASHEET_FLOPS,
+        "launches": sum(part.times * len(part.kernels) for part in parts),
+        "parts": {part.name: 1e3 * part.seconds for part in sorted(parts, key=lambda part: -part.seconds)},
+        "attention": attention,
+        "operators": operators,
+    }
 
 
 def owed(config: DNAZenConfig, batch: Batch) -> float:

@@ -1,9 +1,10 @@
 """Times of every operator's implementations on real batches, in one run and on one device.
 
-    python -m benchmarks.run [--op OP] [--mode fwd|bwd|fwdbwd] [--fasta FILE --tokenizer DIR]
+    python -m benchmarks.run [--op OP] [--impl NAME] [--mode fwd|bwd|fwdbwd] [--fasta FILE --tokenizer DIR]
 
-Runs an operator's tests first and times nothing that fails them. Appends one row per measurement to
-`benchmarks/results/<device>.csv`: what runs on the GPU to the GPU's file, what runs on one CPU core to the CPU's.
+Runs an operator's tests first (`--skip-tests`: not) and times nothing that fails them. `--set WARPS_PER_SM=12` tries
+another value of a constant of the fusion's kernels, to tune it. Appends one row per measurement to `<device>.csv` in
+`--output-dir`: what runs on the GPU to the GPU's file, what runs on one CPU core to the CPU's.
 Without a GPU the operators that need one are left out, and no row is written for them. Columns: README.md here.
 """
 
@@ -25,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 from benchmarks.batches import Batch, add_genome_arguments, load_genomes, make_batch
 from benchmarks.registry import MODES, OPERATORS, Case, Operator
-from benchmarks.yeast import ROOT, processor
+from benchmarks.yeast import ROOT, commit, is_changed, processor
 
 QUANTILES = (0.2, 0.5, 0.8)
 SEQUENCE_LENGTHS = (128, 512)  # tokens at most
@@ -39,6 +41,26 @@ COLUMNS = (
     "op", "impl", "mode", "dtype", "shape", "p20_ms", "p50_ms", "p80_ms", "peak_mib", "gb_per_s", "share_of_copy",
     "ratio_to_baseline", "device", "driver", "torch", "triton", "commit", "dirty", "date",
 )  # fmt: skip
+
+
+def constant(text: str) -> tuple[str, int]:
+    """`NAME=INT` of the command line."""
+    name, _, value = text.partition("=")
+    return name, int(value)
+
+
+def set_constant(name: str, value: int) -> None:
+    """Give a constant of the fusion's kernels another value; only before any of them is compiled.
+
+    Raises:
+        ValueError: there is no such constant.
+    """
+    from dnazen_kernels.ngram_fusion import triton_impl
+
+    old = getattr(triton_impl, name, None)
+    if not isinstance(old, (int, triton_impl.tl.constexpr)):
+        raise ValueError(f"--set: expected a constant of {triton_impl.__name__}, found {name!r}")
+    setattr(triton_impl, name, value if isinstance(old, int) else triton_impl.tl.constexpr(value))
 
 
 def tests_pass(path: str) -> bool:
@@ -89,14 +111,11 @@ def copy_gb_per_s(device: torch.device) -> float:
 
 
 def describe_machine() -> dict[str, Any]:
-    def output(*command: str) -> str:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
     return {
         "torch": torch.__version__,
         "triton": version("triton"),
-        "commit": output("git", "rev-parse", "HEAD"),
-        "dirty": bool(output("git", "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")),
+        "commit": commit(),
+        "dirty": is_changed(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -124,12 +143,25 @@ def measure_case(case: Case, mode: str, device: torch.device) -> tuple[list[floa
     return times, peak_mib(function, case.leaves) if device.type == "cuda" else None
 
 
-def measure(name: str, batch: Batch, shape: str, modes: list[str], copy_speed: dict[str, float]) -> Iterator[dict]:
-    """Rows of one operator on one batch, the baseline's first, since the others are compared with it."""
+def measure(
+    name: str,
+    batch: Batch,
+    shape: str,
+    modes: list[str],
+    copy_speed: dict[str, float],
+    only: str | None = None,
+    hidden_sizes: tuple[int, ...] = (),
+) -> Iterator[dict]:
+    """Rows of one operator on one batch, the baseline's first, since the others are compared with it.
+
+    `only` one implementation, without a baseline then, and other `hidden_sizes` than the operator's own, if given.
+    """
     operator = OPERATORS[name]
     here = devices_of(operator)
     implementations = sorted(operator.implementations.items(), key=lambda item: item[0] != operator.baseline)
-    for hidden_size, dtype in itertools.product(operator.hidden_sizes, operator.dtypes):
+    implementations = [item for item in implementations if only in (None, item[0])]
+    sizes_to_try = hidden_sizes if hidden_sizes and operator.hidden_sizes != (0,) else operator.hidden_sizes
+    for hidden_size, dtype in itertools.product(sizes_to_try, operator.dtypes):
         inputs = {kind: operator.make_inputs(batch, hidden_size, dtype, torch.device(kind)) for kind in here}
         baseline: dict[str, float] = {}
         for impl, (kind, prepare) in implementations:
@@ -163,6 +195,7 @@ def write_row(row: dict[str, Any], folder: Path) -> None:
     """Append to the file of the row's device."""
     slug = re.sub(r"[^a-z0-9]+", "-", row["device"].lower()).strip("-")
     path = folder / f"{slug}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -174,12 +207,22 @@ def write_row(row: dict[str, Any], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=OPERATORS, help="one operator (all)")
+    parser.add_argument("--impl", help="one implementation, by its name in registry.py (all)")
     parser.add_argument("--mode", choices=MODES, help="one direction (all that the operator has)")
+    parser.add_argument("--hidden-size", type=int, help="of the fusion's states (768 and 1536)")
+    parser.add_argument("--skip-tests", action="store_true", help="time what was not tested in this run")
+    parser.add_argument("--set", type=constant, metavar="NAME=INT", help="a constant of the fusion's kernels")
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "benchmarks" / "results", help="(%(default)s)")
     add_genome_arguments(parser)
     args = parser.parse_args()
+    known = {impl for name in ([args.op] if args.op else OPERATORS) for impl in OPERATORS[name].implementations}
+    if args.impl is not None and args.impl not in known:
+        parser.error(f"--impl: expected one of {', '.join(sorted(known))}, found {args.impl!r}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: the times of an interpreter say nothing")
 
+    if args.set:
+        set_constant(*args.set)
     torch.set_num_threads(1)
     names, verdicts = [args.op] if args.op else list(OPERATORS), {}
     for name in list(names):
@@ -189,7 +232,7 @@ def main() -> None:
             names.remove(name)
             continue
         if operator.tests not in verdicts:
-            verdicts[operator.tests] = tests_pass(operator.tests)
+            verdicts[operator.tests] = args.skip_tests or tests_pass(operator.tests)
         if not verdicts[operator.tests]:
             print(f"{name}: {operator.tests} fails, so there is no speed to report")
             names.remove(name)
@@ -206,8 +249,11 @@ def main() -> None:
                 for name in names:
                     modes = [mode for mode in OPERATORS[name].num_bytes if args.mode in (None, mode)]
                     shape = f"{genome.name} S={length}"
-                    for row in measure(name, batch, shape, modes, copy_speed):
-                        write_row({**row, **machine}, ROOT / "benchmarks" / "results")
+                    sizes = (args.hidden_size,) if args.hidden_size else ()
+                    for row in measure(name, batch, shape, modes, copy_speed, args.impl, sizes):
+                        if args.set:
+                            row["impl"] += ", {}={}".format(*args.set)
+                        write_row({**row, **machine}, args.output_dir)
                         print(*(f"{row[column]:>12}" for column in COLUMNS if row.get(column)), flush=True)
     sys.exit(not all(verdicts.values()))
 

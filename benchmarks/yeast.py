@@ -53,8 +53,22 @@ def pretrain(
 
 
 def commit() -> str:
-    """Of this checkout."""
-    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """Of this checkout, or of the one that `benchmarks.carry` packed; "unknown" if there is no git."""
+    if (ROOT / "COMMIT").exists():
+        return (ROOT / "COMMIT").read_text().strip()
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return "unknown"
+    return found or "unknown"
+
+
+def is_changed() -> bool:
+    """Whether files of this checkout differ from its commit; what is packed or has no git cannot tell, and says no."""
+    if commit() == "unknown" or (ROOT / "COMMIT").exists():
+        return False
+    line = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results"]
+    return bool(subprocess.run(line, cwd=ROOT, capture_output=True, text=True).stdout.strip())
 
 
 def processor() -> str:

@@ -2,15 +2,27 @@
 
 import csv
 import functools
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
+from dnazen_kernels.ngram_fusion import triton_impl as fusion_kernels
 from dnazen_kernels.ngram_masking import ngram_masking
+from transformers import HfArgumentParser
 
-from benchmarks import budget, registry, rehearsal, roofline, run
+from benchmarks import attention, budget, carry, gpu, gpu_page, registry, rehearsal, roofline, run
 from benchmarks.batches import Genome, graph_of, make_batch
 from benchmarks.registry import MODES, OPERATORS, Sizes
+from dnazen.cli.main import _make_parser
+from dnazen.layers.attention import BACKENDS
 from dnazen.models import DNAZenConfig
+from dnazen.train.arguments import DataArguments, PretrainingArguments
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +230,242 @@ def test_the_budget_of_a_step_holds_all_that_is_owed(batch, device):
     assert int((batch.masked.labels != -100).sum()) > 0
     assert flops - recomputed == budget.owed(config, batch)
     assert all(kernel.num_bytes >= 0 for part in parts for kernel in part.kernels)
+
+
+# -- a sitting at a GPU -----------------------------------------------------------------------------------------------
+
+
+def say(*lines, status=0):
+    """A command that prints the lines and ends with that status."""
+    return shlex.join([sys.executable, "-c", f"print({chr(10).join(lines)!r}); raise SystemExit({status})"])
+
+
+def sit(out, steps, minutes=5.0):
+    """A sitting of these steps; whether all went well, their states by name, and the page."""
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    (out / "data" / "genome.fa.gz").touch()  # else the packaged one is copied
+    sitting = gpu.Sitting(out, out / "data", dry=True)
+    sitting.steps = steps
+    good = sitting.run(minutes)
+    states = {step.name: sitting.results.get(gpu.slug(step.name), {}).get("state") for step in steps}
+    return good, states, (out / "report.md").read_text()
+
+
+def test_a_failing_step_costs_itself_only(tmp_path):
+    steps = [
+        gpu.Step("one", say("1 passed in 2 s"), 60, "tests"),
+        gpu.Step("two", say("Traceback", "ValueError: why", status=3), 60),
+        gpu.Step("three", say("fine"), 60, after="two"),
+        gpu.Step("four", say("no numbers here"), 60, "tests"),
+        gpu.Step("five", say("x"), 60, needs="no-such-program"),
+        gpu.Step("six", say("x"), 3600),
+    ]
+    good, states, page = sit(tmp_path, steps)
+    assert not good and (states["one"], states["two"]) == ("done", "failed with exit status 3")
+    assert states["four"].startswith("failed: no figures in what it wrote: IndexError")
+    assert states["three"] is None and "| three | waits for 'two' |" in page
+    assert states["five"] is None and "| five | left for another sitting: no-such-program is not here |" in page
+    assert states["six"] is None and "| six | left for next time: needs up to 3600 s, and " in page
+    assert "| one | tests passed |  | 1 |  |" in page and "ValueError: why" in page.partition("## What failed")[2]
+
+
+def is_gone(pid):
+    """Ended, whether or not anybody has asked for its exit status; a killed process takes a moment."""
+    for _ in range(100):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_step_at_its_limit_is_stopped_with_all_it_started(tmp_path):
+    pid_file = tmp_path / "pid"
+    child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    line = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    _, states, _ = sit(tmp_path, [gpu.Step("slow", shlex.join([sys.executable, "-c", line]), 5)])
+    assert states == {"slow": "stopped at its limit of 5 s"}
+    assert is_gone(int(pid_file.read_text()))
+
+
+def test_started_again_it_goes_on_with_what_is_left(tmp_path):
+    """What is done stays done, what failed comes after what was never tried."""
+    order = tmp_path / "order"
+    mark = "import os, sys; open({!r}, 'a').write({!r}); sys.exit({})"
+
+    def step(name, status, **fields):
+        return gpu.Step(name, shlex.join([sys.executable, "-c", mark.format(str(order), name, status)]), 50, **fields)
+
+    assert not sit(tmp_path, [step("a", 0), step("b", 1), step("c", 0, needs="no-such-program")])[0]
+    good, states, _ = sit(tmp_path, [step("a", 1), step("b", 0), step("c", 0)])
+    assert good and set(states.values()) == {"done"} and order.read_text() == "abcb"
+
+
+def test_interrupted_it_leaves_a_page_and_nothing_running(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from benchmarks import gpu\n"
+        f"quick, slow = {say('fast')!r}, {shlex.join([sys.executable, '-c', 'import time; time.sleep(600)'])!r}\n"
+        "gpu.plan = lambda dry: [gpu.Step('quick', quick, 50), gpu.Step('slow', slow, 500)]\n"
+        f"sys.argv = ['gpu', '--dry-run', '--output-dir', {str(tmp_path)!r}]; sys.exit(gpu.main())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=run.ROOT)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "logs" / "slow.txt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = []
+    while not children:
+        children = psutil.Process(process.pid).children()
+    process.terminate()
+    assert process.wait(60) != 0 and all(is_gone(child.pid) for child in children)
+    page = (tmp_path / "report.md").read_text()
+    assert "| quick | done |" in page and "| slow | not begun |" in page
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path):
+    """By hand: 8.6 MB at 4.3 TB/s are 2 us, of which 4 us reach a half; einsum's 3 ms are the roofline's for that batch."""
+    row = {column: "" for column in run.COLUMNS}
+    row |= {"op": "ngram_fusion", "mode": "fwdbwd", "dtype": "bfloat16", "device": "NVIDIA H200"}
+    shape = "genome S=512 T=32700 B=9 N=9 E=9 H=768"
+    for impl, milliseconds in (("triton", 0.004), ("einsum", 6.0)):
+        speed = 8.6e-3 / (milliseconds * 1e-3)  # GB/s
+        run.write_row({**row, "impl": impl, "shape": shape, "p50_ms": milliseconds, "gb_per_s": speed}, tmp_path)
+    predicted = {"operators": {"ngram_fusion": {"32768": {"einsum, bfloat16": 3.0}, "262144": {"einsum, bfloat16": 9.0}}}}
+    triton, einsum = gpu_page.read_operators(tmp_path, "", predicted)
+    assert triton.predicted == pytest.approx(0.002) and triton.reached == pytest.approx(0.5)
+    assert (einsum.measured, einsum.predicted, einsum.reached) == (6.0, 3.0, 0.5)
+    assert gpu_page.Figure("tokens/s", 30.0, 40.0, True).reached == 0.75
+
+
+def test_commands_for_a_gpu_are_ones_that_the_programs_take(monkeypatch, root):
+    """Parsed, not run; those of a dry run are run below."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(run, "devices_of", lambda operator: set())  # so that none is measured
+    constants = {name: getattr(fusion_kernels, name) for name in gpu.TUNED}
+    steps, kinds = gpu.plan(dry=False), []
+    assert [step.name for step in steps] == [step.name for step in gpu.plan(dry=True)]
+    assert len({gpu.slug(step.name) for step in steps}) == len(steps) and not any(step.left_out for step in steps)
+    for step in steps:
+        words = shlex.split(step.command.format(out="out", data="data", port=1, fastest="--torch-compile"))
+        if "dnazen.cli.main" in words:
+            _make_parser().parse_args(words[words.index("dnazen.cli.main") + 1 :])
+        elif "dnazen/pretrain.py" in words:
+            dataclasses = (DataArguments, PretrainingArguments)
+            HfArgumentParser(dataclasses).parse_args(words[words.index("dnazen/pretrain.py") + 1 :])
+        elif "benchmarks.run" in words:
+            monkeypatch.setattr("sys.argv", words[words.index("benchmarks.run") :])
+            with pytest.raises(SystemExit) as stop:
+                run.main()
+            assert stop.value.code == 0, step.name
+            for name, value in constants.items():
+                setattr(fusion_kernels, name, value)
+        elif "pytest" in words:
+            assert [(root / word).exists() for word in words if word.startswith("tests/")] == [True], step.name
+        kinds.append(step.figures)
+        assert step.figures in gpu_page.READERS and step.after in ("", *(other.name for other in steps))
+    assert tuple(gpu.BACKENDS) == tuple(BACKENDS) and set(kinds) == gpu_page.READERS.keys() - {"none"}
+
+
+def test_a_constant_that_the_kernels_do_not_have_is_refused(monkeypatch):
+    monkeypatch.setattr(fusion_kernels, "WARPS_PER_SM", 8)
+    run.set_constant("WARPS_PER_SM", 12)
+    assert fusion_kernels.WARPS_PER_SM == 12
+    with pytest.raises(ValueError, match="expected a constant of .*triton_impl, found 'torch'"):
+        run.set_constant("torch", 12)
+
+
+def test_one_implementation_and_one_hidden_size(batch, monkeypatch):
+    monkeypatch.setattr(run, "CPU_SECONDS", 0.0)
+    speeds = {"cpu": 1.0}
+    rows = list(run.measure("ngram_masking", batch, "toy", ["fwd"], speeds, "PyTorch", (16,)))
+    assert [(row["impl"], row["ratio_to_baseline"]) for row in rows] == [("PyTorch", None)]
+    assert " H=" not in rows[0]["shape"]  # masking has none
+
+
+def test_attention_is_measured_at_production_shapes():
+    tokens, ngrams = (shape.lengths() for shape in attention.SHAPES.values())
+    assert (tokens.sum(), len(tokens), tokens.max() <= 512) == (65_536, 300, True)
+    assert (ngrams.sum(), len(ngrams), ngrams.max() <= 45) == (3_000, 300, True)
+
+
+def test_attention_that_is_wrong_is_told(monkeypatch):
+    """sdpa agrees with eager; a stand-in for it that forgets the distance does not."""
+    monkeypatch.setattr(run, "CPU_SECONDS", 0.0)
+    small, cpu = attention.SMALL["tokens"], torch.device("cpu")
+    found = attention.measure("sdpa", small, cpu, torch.float32)
+    assert found["agrees"] and all(times[0] > 0 for times in found["ms"].values())
+    right = attention.packed_attention
+
+    def forgetful(name, *sizes):
+        return right(name, *sizes[:3], None if name == "sdpa" else sizes[3])
+
+    monkeypatch.setattr(attention, "packed_attention", forgetful)
+    assert not attention.measure("sdpa", small, cpu, torch.float32)["agrees"]
+
+
+@pytest.mark.slow
+def test_the_plan_runs_dry(tmp_path, monkeypatch, capsys):
+    """Every step that a CPU can do, small; a second call finds nothing to do."""
+    monkeypatch.setattr("sys.argv", ["gpu", "--dry-run", "--output-dir", str(tmp_path)])
+    assert gpu.main() == 0, (tmp_path / "report.md").read_text()
+    page = (tmp_path / "report.md").read_text()
+    states = {step.name: re.search(rf"^\| {re.escape(step.name)} \| (.*?) \|", page, re.M)[1] for step in gpu.plan(True)}
+    for step in gpu.plan(True):
+        assert states[step.name] == (f"not in a dry run: {step.left_out}" if step.left_out else "done")
+    assert sum(state == "done" for state in states.values()) >= 13
+    assert "no figure here says anything of a GPU" in page and "commit: " in page
+    assert "| pretraining ZeRO-2, resumed | began at |  | checkpoint-6 |" in page
+    assert "| pretraining moved to one device | began at |  | checkpoint-2 |" in page
+    moved = re.search(r"moved to one device \| loss at step 4 \| ([\d.]+), ZeRO-2's \| ([\d.]+) \|", page)
+    # bf16: weights are rounded to 2^-9 of themselves in each of 4 steps, and a loss is a mean over many tokens
+    assert float(moved[1]) == pytest.approx(float(moved[2]), rel=4 * 2**-9)
+    assert "| attention sdpa | tokens, largest error | at most" in page and "agrees" in page
+    assert "| most expensive operators | times a step | ms a step |" in page and "| E4BU: attention |" in page
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()}
+    assert gpu.main() == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()} == before
+
+
+# -- what is carried to it --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """Two archives, the first in three parts of at most 20 kB; and what is in them."""
+    content = {"base/data/one.bin": os.urandom(45_000), "flash4/two.txt": b"two"}
+    for name, value in content.items():
+        path = tmp_path / "content" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(value)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    carry.pack(tmp_path / "content", parts, 20_000)
+    return parts, {name.partition("/")[2]: value for name, value in content.items()}
+
+
+def unpack(parts, target):
+    return subprocess.run(
+        [sys.executable, parts / "unpack.py", target], capture_output=True, text=True, cwd=target.parent
+    )
+
+
+def test_what_was_cut_is_joined_again(packed, tmp_path):
+    parts, content = packed
+    names = sorted(path.name for path in parts.iterdir())
+    assert names == ["base.tar.00", "base.tar.01", "base.tar.02", "flash4.tar.00", "parts.json", "unpack.py"]
+    assert all(path.stat().st_size <= 20_000 for path in parts.iterdir())
+    (parts / "base.tar.01").rename(tmp_path / "on its way")
+    result = unpack(parts, tmp_path / "there")
+    assert result.returncode == 0 and "base: waiting for base.tar.01" in result.stdout
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["two.txt"]
+    (tmp_path / "on its way").rename(parts / "base.tar.01")
+    assert unpack(parts, tmp_path / "there").returncode == 0
+    for name, value in content.items():
+        assert (tmp_path / "there" / name).read_bytes() == value
+
+
+def test_a_part_that_was_altered_is_refused(packed, tmp_path):
+    parts, _ = packed
+    damaged = parts / "base.tar.02"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    result = unpack(parts, tmp_path / "there")
+    assert result.returncode != 0 and "base.tar.02: expected SHA-256" in result.stderr
+    assert not (tmp_path / "there" / "data").exists()

@@ -145,6 +145,8 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--precision", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU")
     command.add_argument("--deepspeed", metavar="JSON", help="run under DeepSpeed with this configuration, as pretraining")
     command.add_argument("--torch-compile", action="store_true", help="compile layers, but not those of the reference")
+    command.add_argument("--attn-implementation", metavar="NAME", help="attention by name (the best that runs)")
+    command.add_argument("--profile", action="store_true", help="profile some steps more: costly kernels, idle GPU")
 
     command = add_command("evaluate", _evaluate, "measure how well a model predicts hidden tokens, beside counting")
     command.add_argument("--model", required=True, metavar="NAME", help="folder, or name on the Hugging Face hub")

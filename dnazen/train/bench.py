@@ -1,14 +1,16 @@
 """Speed of real training steps, loader to optimizer, and how much of the device's arithmetic they use."""
 
 import importlib.metadata
+import importlib.util
 import multiprocessing
 import os
 import platform
 import resource
 import socket
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,16 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from dnazen.data.collator import Masking, PackedCollator, PackedDataset
 from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch
 from dnazen.data.shards import Corpus
-from dnazen.files import atomic_directory, write_json
+from dnazen.files import InputError, atomic_directory, read_json, write_json
+from dnazen.layers.attention import BACKENDS
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.ngram.vocab import load_ngrams
 from dnazen.train.arguments import RECIPES, PretrainingArguments
@@ -30,7 +35,10 @@ from dnazen.train.trainer import Batch, PretrainingTrainer
 
 # dense bf16 TFLOP/s on the data sheets, by a part of the device's name
 PEAK_TFLOPS = {"H200": 990, "H100": 990, "H800": 990, "GH200": 990, "A100": 312, "A800": 312, "B200": 2250}
-WARM_UP_STEPS = 3
+QUIET_STEPS = 5  # in a row that compile nothing end the warm-up
+MAX_WARM_UP_STEPS = 100
+PROFILED_STEPS = 3
+LARGEST_TRACE = 16 * 2**20  # bytes, compressed; a larger one is not kept
 
 
 def training_flops(config: DNAZenConfig, lengths: np.ndarray, ngram_lengths: np.ndarray, num_masked: int) -> float:
@@ -66,36 +74,161 @@ class FixedLength(Dataset):
         return {**batch, "max_seqlen": self.length}, dropped
 
 
-class Stopwatch(TrainerCallback):
-    """Measures from the end of the warm-up until `seconds` have passed, then stops the run."""
+class Compilations:
+    """Counts what this process compiles, or loads compiled: Dynamo's graphs, Triton's kernels (those that a graph
+    brings belong to the graph), FlashAttention-4's kernels.
+    """
 
-    def __init__(self, trainer: "BenchTrainer", seconds: float):
-        self.trainer, self.seconds = trainer, seconds
+    def __init__(self) -> None:
+        self._triton_kernels = 0
+        if importlib.util.find_spec("triton"):
+            import triton
+
+            triton.knobs.runtime.jit_post_compile_hook = self._count_kernel
+
+    def _count_kernel(self, **_: Any) -> None:
+        self._triton_kernels += 1
+
+    def total(self) -> int:
+        """So far."""
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        interface = vars(sys.modules.get("flash_attn.cute.interface", object)).values()
+        caches = {id(cache): cache for item in interface if (cache := getattr(item, "compile_cache", None)) is not None}
+        return graphs + self._triton_kernels + sum(len(cache.cache) for cache in caches.values())
+
+
+class Stopwatch(TrainerCallback):
+    """Waits until nothing compiles any more, measures until `seconds` have passed, profiles some steps if a folder is
+    given to write to, and stops the run.
+    """
+
+    def __init__(self, trainer: "BenchTrainer", seconds: float, profile_folder: str | None):
+        self.trainer, self.seconds, self.profile_folder = trainer, seconds, profile_folder
+        self.compilations, self.compiled, self.quiet_steps = Compilations(), 0, 0
+        self.is_measuring, self.profiler = False, None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step < WARM_UP_STEPS:
-            return
-        if args.device.type == "cuda":
-            # once to start the clock, then as seldom as it takes to be sure that the time is up
-            if state.global_step == WARM_UP_STEPS or time.perf_counter() - self.trainer.started >= self.seconds:
+        is_cuda = args.device.type == "cuda"
+        if self.profiler is not None:
+            if is_cuda:
                 torch.cuda.synchronize()
-        now = time.perf_counter()
-        if state.global_step == WARM_UP_STEPS:
-            self.trainer.start(now)
-        elif now - self.trainer.started >= self.seconds:
-            self.trainer.elapsed = now - self.trainer.started
-            control.should_training_stop = True
+            self.profiler.step()
+            if self.profiler.step_num > PROFILED_STEPS:
+                self.profiler.stop()
+                write_profile(self.profiler, self.profile_folder)
+                control.should_training_stop = True
+        elif self.is_measuring:
+            if time.perf_counter() - self.trainer.started < self.seconds:
+                return
+            if is_cuda:  # as seldom as it takes to be sure that the time is up
+                torch.cuda.synchronize()
+            self.trainer.stop(time.perf_counter(), self.compilations.total() - self.compiled)
+            if self.profile_folder is None:
+                control.should_training_stop = True
+                return
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_cuda
+            schedule = torch.profiler.schedule(wait=0, warmup=1, active=PROFILED_STEPS, repeat=1)
+            self.profiler = torch.profiler.profile(activities=activities, schedule=schedule)
+            self.profiler.start()
+        else:
+            compiled = self.compilations.total()
+            self.quiet_steps = self.quiet_steps + 1 if compiled == self.compiled else 0
+            self.compiled = compiled
+            if self.quiet_steps < QUIET_STEPS and state.global_step < MAX_WARM_UP_STEPS:
+                return
+            if is_cuda:
+                torch.cuda.synchronize()
+            self.is_measuring = True
+            warm_up = {"steps": state.global_step, "compilations": compiled, "ended": self.quiet_steps >= QUIET_STEPS}
+            self.trainer.start(time.perf_counter(), warm_up)
+
+
+def idle_gaps(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Times between the first start and the last end that no `(start, end)` covers, in order."""
+    gaps, covered = [], None
+    for start, end in sorted(spans):
+        if covered is not None and start > covered:
+            gaps.append((covered, start))
+        covered = end if covered is None else max(covered, end)
+    return gaps
+
+
+def summarize_profile(events: Iterable[Any], num_steps: int) -> dict[str, Any]:
+    """What a profiler's events come to, for one of `num_steps` steps.
+
+    Returns:
+        `expensive`: the ten kernels (without a GPU: operators, without what they call) that take longest together, with
+        `calls` and `ms`. `busy_ms`, `idle_ms` of the GPU, and `gaps`: the ten operators of the host in whose course, or
+        in Python between operators, the GPU was idle longest. The last three are None without a GPU.
+    """
+    # a step's own mark covers everything
+    host = [e for e in events if e.device_type == DeviceType.CPU and not e.name.startswith("ProfilerStep")]
+    device = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
+    costs: dict[str, list[float]] = {}
+    for event in device or host:
+        cost = costs.setdefault(event.name, [0, 0.0])
+        cost[0] += 1
+        cost[1] += event.time_range.elapsed_us() if device else event.self_cpu_time_total
+    summary = {"steps": num_steps, "unit": "kernel" if device else "operator", "expensive": _largest(costs, num_steps)}
+    if not device:
+        return {**summary, "busy_ms": None, "idle_ms": None, "gaps": None}
+    spans = [(event.time_range.start, event.time_range.end) for event in device]
+    gaps = idle_gaps(spans)
+    idle = sum(end - start for start, end in gaps)
+    whole = max(end for _, end in spans) - min(start for start, _ in spans)
+    # the outermost operator says more than the launch in its depth
+    starts, ends = (np.array([getattr(event.time_range, name) for event in host]) for name in ("start", "end"))
+    waits: dict[str, list[float]] = {}
+    for start, end in gaps:
+        middle = (start + end) / 2
+        covering = np.flatnonzero((starts <= middle) & (middle <= ends))
+        outermost = max(covering, key=lambda index: ends[index] - starts[index], default=None)
+        wait = waits.setdefault("Python" if outermost is None else host[outermost].name, [0, 0.0])
+        wait[0] += 1
+        wait[1] += end - start
+    times = {"busy_ms": (whole - idle) / 1e3 / num_steps, "idle_ms": idle / 1e3 / num_steps}
+    return {**summary, **times, "gaps": _largest(waits, num_steps)}
+
+
+def _largest(costs: dict[str, list[float]], num_steps: int) -> list[dict[str, Any]]:
+    """The ten names with most microseconds, per step."""
+    ordered = sorted(costs.items(), key=lambda item: -item[1][1])[:10]
+    return [{"name": name, "calls": calls / num_steps, "ms": us / 1e3 / num_steps} for name, (calls, us) in ordered]
+
+
+def write_profile(profiler: torch.profiler.profile, folder: str) -> None:
+    """`profile.json` (`summarize_profile`) and, unless it is large, `trace.json.gz` for Chrome's viewer or Perfetto."""
+    trace = Path(folder) / "trace.json.gz"
+    profiler.export_chrome_trace(str(trace))
+    if trace.stat().st_size > LARGEST_TRACE:
+        trace.unlink()
+    summary = {**summarize_profile(profiler.events(), PROFILED_STEPS), "trace": trace.name if trace.exists() else None}
+    write_json(Path(folder) / "profile.json", summary)
 
 
 class BenchTrainer(PretrainingTrainer):
     """The trainer, counting what goes through it."""
 
-    def start(self, now: float) -> None:
+    def start(self, now: float, warm_up: dict[str, Any]) -> None:
         """Begin to measure."""
         self.started, self.loader_seconds, self.measured_steps = now, 0.0, 0
+        self.warm_up = warm_up
         self.work: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+
+    def stop(self, now: float, compilations: int) -> None:
+        """Keep what was measured; `compilations` happened meanwhile."""
+        is_cuda = self.args.device.type == "cuda"
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.measured = {
+            "steps": self.measured_steps,
+            "seconds": now - self.started,
+            "loader_seconds": self.loader_seconds,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if is_cuda else resident,
+            "compilations": compilations,
+            **self.sum_work(),
+        }
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -139,11 +272,14 @@ def measure(
     precision: str,
     deepspeed: str | None,
     torch_compile: bool,
+    attn_implementation: str | None,
+    profile_folder: str | None,
 ) -> dict[str, Any]:
     """Train for `seconds` after a warm-up, in this process; returns what came out.
 
     With `impl="reference"` sequences are padded to the corpus' longest possible one, the matching matrix is dense, the
-    fusion an einsum and attention explicit; nothing is compiled.
+    fusion an einsum and attention explicit; nothing is compiled. To `profile_folder`, unless it is None, goes a profile
+    of some further steps.
     """
     if deepspeed is not None:  # which wants to be told that it is alone
         with socket.socket() as listener:
@@ -156,6 +292,8 @@ def measure(
     config = DNAZenConfig.from_size(
         model, vocab_size=len(corpus.tokenizer), ngram_vocab_size=vocabulary.vocab_size, impl=impl
     )
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
     collator = PackedCollator(corpus.tokenizer, vocabulary, Masking(0.15, True, 42))
     longest = corpus.manifest["parameters"]["max_tokens"] + SPECIAL_TOKENS_PER_SEQUENCE
     dataset: Dataset = PackedDataset(corpus.train, collator)
@@ -186,33 +324,33 @@ def measure(
             max_batch_tokens=max_batch_tokens,
             agreement={},
         )
-        trainer.start(0.0)
+        trainer.start(0.0, {})
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Stopwatch(trainer, seconds))
+        trainer.add_callback(Stopwatch(trainer, seconds, profile_folder))
         trainer.train()
-    is_cuda = args.device.type == "cuda"
-    device = torch.cuda.get_device_name() if is_cuda else "CPU"
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     attention = trainer.model.select_attention(args.device, dtype)
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)
-    work = trainer.sum_work()
-    rows = work["sequences"] * longest if impl == "reference" else work["tokens"]
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    measured, elapsed = trainer.measured, trainer.measured["seconds"]
+    rows = measured["sequences"] * longest if impl == "reference" else measured["tokens"]
     return {
         "impl": impl,
         "attention": "padded" if impl == "reference" else attention.name,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "steps": trainer.measured_steps,
-        "seconds": trainer.elapsed,
-        "tokens_per_second": work["tokens"] / trainer.elapsed,
-        "tflops_per_second": work["flops"] / trainer.elapsed / 1e12,
-        "mfu": work["flops"] / trainer.elapsed / 1e12 / peak if peak else None,
-        "tokens_per_step": work["tokens"] / trainer.measured_steps,
-        "sequences_per_step": work["sequences"] / trainer.measured_steps,
-        "padding_share": 1 - work["tokens"] / rows,
-        "loader_wait": trainer.loader_seconds / trainer.elapsed,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if is_cuda else resident,
-        "ngrams_per_token": work["ngrams"] / work["tokens"],
+        "steps": measured["steps"],
+        "seconds": elapsed,
+        "tokens_per_second": measured["tokens"] / elapsed,
+        "tflops_per_second": measured["flops"] / elapsed / 1e12,
+        "mfu": measured["flops"] / elapsed / 1e12 / peak if peak else None,
+        "tokens_per_step": measured["tokens"] / measured["steps"],
+        "sequences_per_step": measured["sequences"] / measured["steps"],
+        "padding_share": 1 - measured["tokens"] / rows,
+        "loader_wait": measured["loader_seconds"] / elapsed,
+        "peak_memory_bytes": measured["peak_memory_bytes"],
+        "ngrams_per_token": measured["ngrams"] / measured["tokens"],
+        "warm_up": trainer.warm_up,
+        "compilations": measured["compilations"],
         "device": device,
     }
 
@@ -229,6 +367,8 @@ def bench(
     precision: str | None = None,
     deepspeed: str | None = None,
     torch_compile: bool = False,
+    attn_implementation: str | None = None,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Measure the trainer as it runs by default, and each of `impl` beside it, each in a process of its own.
 
@@ -239,17 +379,23 @@ def bench(
         output_dir: where to write; must not exist yet.
         model: a size or a configuration.
         impl: "reference" for the padded, dense path, "triton" to insist on the kernels.
-        seconds: how long each is measured, after a warm-up of a few steps.
+        seconds: how long each is measured, after a warm-up that lasts until some steps in a row compile nothing.
         max_batch_tokens: tokens of a micro-batch; default: that of pretraining.
         precision: "bf16" or "fp32"; default: bf16 on a GPU, fp32 on a CPU.
         deepspeed: a configuration of DeepSpeed's, as for pretraining, whose bf16 is that of weights and all states;
             without, bf16 is autocast's.
         torch_compile: compile layers, but not those of the reference.
+        attn_implementation: a key of `BACKENDS`; default: the best that runs. The reference has its own.
+        profile: profile some further steps of the first, into `profile.json` and `trace.json.gz` (`write_profile`).
 
     Raises:
         RuntimeError: the trainer itself failed; where one of `impl` does, `failed` says why.
-        InputError: see `Corpus.open`, `load_ngrams` and `DNAZenConfig.from_size`.
+        InputError: `attn_implementation` is unknown or cannot run here; see `Corpus.open`, `load_ngrams` and
+            `DNAZenConfig.from_size`.
     """
+    if attn_implementation is not None and attn_implementation not in BACKENDS:
+        expected = ", ".join(BACKENDS)
+        raise InputError(f"attn_implementation: expected one of {expected}, found {attn_implementation!r}")
     DNAZenConfig.from_size(model)
     load_ngrams(ngrams, Corpus.open(corpus))
     max_batch_tokens = max_batch_tokens or RECIPES.get(model, RECIPES["base"]).max_batch_tokens
@@ -259,9 +405,11 @@ def bench(
         for name in ["auto", *(impl or [])]:
             # a process of its own: peak memory and compiled code of one must not be the other's
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                profile_folder = str(folder) if profile and name == "auto" else None
                 job = pool.submit(
-                    measure, name, corpus, ngrams, model, seconds, max_batch_tokens, precision, deepspeed, torch_compile
-                )
+                    measure, name, corpus, ngrams, model, seconds, max_batch_tokens, precision, deepspeed,
+                    torch_compile, attn_implementation, profile_folder,
+                )  # fmt: skip
                 try:
                     rows.append(job.result())
                 except RuntimeError as error:  # out of memory, say
@@ -279,6 +427,7 @@ def bench(
             "rows": rows,
             "failed": failed,
             "speed_up": [rows[0]["tokens_per_second"] / row["tokens_per_second"] for row in rows],
+            "profile": read_json(folder / "profile.json", "a profile") if profile else None,
         }
         write_json(folder / "bench.json", result)
         _plot(folder / "bench.png", result)
@@ -310,7 +459,27 @@ def format_bench(result: dict[str, Any]) -> str:
     for row, ratio in list(zip(result["rows"], result["speed_up"], strict=True))[1:]:
         lines.append(f"{ratio:.2f} times as fast as {row['impl']}")
     lines += [f"{name} failed: {reason}" for name, reason in result["failed"].items()]
-    return "\n".join(lines)
+    for row in result["rows"]:
+        if not row["warm_up"]["ended"]:
+            lines.append(f"{row['impl']}: still compiling after {row['warm_up']['steps']} steps, when measuring began")
+        if row["compilations"]:
+            lines.append(f"{row['impl']}: {row['compilations']} compilations while it was measured")
+    return "\n".join(lines + format_profile(result["profile"]) if result["profile"] else lines)
+
+
+def format_profile(profile: dict[str, Any]) -> list[str]:
+    """Lines that say what `summarize_profile` found."""
+
+    def table(rows: list[dict[str, Any]]) -> list[str]:
+        return [f"{row['ms']:10.3f} ms {row['calls']:8.1f} x  {row['name'][:90]}" for row in rows]
+
+    lines = [f"in a step, the {profile['unit']}s that take longest (mean of {profile['steps']} steps):"]
+    lines += table(profile["expensive"])
+    if profile["gaps"] is None:
+        return [*lines, "no GPU, so no gaps"]
+    busy, idle = profile["busy_ms"], profile["idle_ms"]
+    lines.append(f"in a step, GPU busy {busy:.2f} ms, idle {idle:.2f} ms, the host being in:")
+    return lines + table(profile["gaps"])
 
 
 def _plot(path: Path, result: dict[str, Any]) -> None:
