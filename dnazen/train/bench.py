@@ -26,6 +26,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from dnazen.data.collator import Masking, PackedCollator, PackedDataset
 from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch
 from dnazen.data.shards import Corpus
+from dnazen.environment import grow_memory_segments
 from dnazen.files import InputError, atomic_directory, read_json, write_json
 from dnazen.layers.attention import BACKENDS
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
@@ -400,6 +401,7 @@ def bench(
     load_ngrams(ngrams, Corpus.open(corpus))
     max_batch_tokens = max_batch_tokens or RECIPES.get(model, RECIPES["base"]).max_batch_tokens
     precision = precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    grow_memory_segments()  # of the processes that are measured, which inherit it
     rows, failed = [], {}
     with atomic_directory(output_dir) as folder:
         for name in ["auto", *(impl or [])]:
