@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,7 @@ from dnazen.train.arguments import RECIPES
 from dnazen.train.prepare import PACKAGED_GENOME
 from dnazen.train.start import start_from_data
 
+TOKENS = 1_090_000
 PAPER = {**RECIPES["base"]._asdict(), "max_batch_tokens": 2048}
 # name: what differs from the recipe, in the run's flags, in the model's configuration, in the corpus
 LEVERS: dict[str, dict[str, dict[str, Any]]] = {
@@ -64,9 +66,11 @@ LEVERS: dict[str, dict[str, dict[str, Any]]] = {
     "vocabulary 4096": {"corpus": {"vocab-size": 4096}},
     "both strands": {"corpus": {"reverse-complement": True}},
     **{name: {} for name in unflagged.LEVERS},
+    # as many tokens, half of them in batches half as large, half in batches twice as large
+    "growing batches": {"flags": {"max_steps": TOKENS // 2 // 1024 + TOKENS // 2 // 4096}},
 }  # fmt: skip
 SEEDS = (1, 2, 3)
-TOKENS = 1_090_000
+ONE_AT_A_TIME = threading.Lock()  # torch's random numbers are those of all threads
 
 
 def prepare(folder: Path, options: dict[str, Any]) -> Path:
@@ -88,8 +92,9 @@ def movement(run: Path, data: Path, start: str) -> dict[str, float]:
     corpus = Corpus.open(data / "corpus", verify=False)
     vocabulary = load_ngrams(data / "ngrams", corpus)
     config = DNAZenConfig.from_pretrained(run / "final")
-    set_seed(record["training"]["seed"])
-    begun = DNAZenForMaskedLM(config)
+    with ONE_AT_A_TIME:
+        set_seed(record["training"]["seed"])
+        begun = DNAZenForMaskedLM(config)
     if start == "data":
         start_from_data(begun, corpus, vocabulary, record["training"]["seed"])
     ended = dict(DNAZenForMaskedLM.from_pretrained(run / "final", dtype=torch.float32).named_parameters())
@@ -120,7 +125,7 @@ def main() -> None:
         model = out / f"model-{number}.json"
         model.write_text(json.dumps({**SIZES["tiny"], **lever.get("model", {})}))
         flags = {**RECIPES["tiny"]._asdict(), **lever.get("flags", {})}
-        flags["max_steps"] = TOKENS // flags["max_batch_tokens"]
+        flags.setdefault("max_steps", TOKENS // flags["max_batch_tokens"])
         if not (folder / "report.json").exists():
             launcher = [BIN / "deepspeed", "--num_gpus", 1, "--master_port", 29800 + number]
             script = "dnazen/pretrain.py"
