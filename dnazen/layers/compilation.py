@@ -1,5 +1,6 @@
 """`torch.compile` for code whose input has other sizes in every batch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,4 +18,10 @@ def compile_dynamic(function: Callable, **options: Any) -> Callable:
     would not see one set elsewhere. torch 2.11 has no argument for it.
     """
     compiled = torch.compile(function, dynamic=True, fullgraph=True, **options)
-    return torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)(compiled)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):  # made anew: threads must not share one
+            return compiled(*args, **kwargs)
+
+    return call

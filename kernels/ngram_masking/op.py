@@ -66,9 +66,9 @@ def ngram_masking(
 
     All implementations return the same integers. The shapes follow from those of the inputs alone, so "triton" never
     waits for the device and a captured or compiled step can hold it. It launches 6 kernels and 2 scans (4, 2 and a copy
-    unless `whole_ngram`), and around them 11 elementwise operations that a compiler can fuse. A trainer on a GPU would
-    hand over token ids and random numbers, match with a fixed capacity, mask, and feed the padded G-grams to the model
-    as they are: those behind the survivors lie behind the last sequence and have no edges, so they reach no token.
+    unless `whole_ngram`), and around them 11 elementwise operations that a compiler can fuse. A trainer on a GPU
+    hands over token ids and random numbers, matches with a fixed capacity, masks, and trims what is behind the survivors
+    (`trimmed`) once their number is known on the host: the model takes no G-gram that is in no sequence.
 
     Args:
         input_ids: `[T]` integers.

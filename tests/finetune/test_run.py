@@ -22,6 +22,7 @@ from tests.finetune.conftest import random_sequence, write_splits
 from tests.train.launch import ROOT, environment, run
 
 SCRIPT = ROOT / "dnazen" / "finetune.py"
+WITHOUT_SEARCH = ROOT / "tests" / "train" / "without_search.py"
 FAST = {"learning_rate": 3e-3, "num_train_epochs": 2, "warmup_steps": 0, "per_device_train_batch_size": 16}
 
 
@@ -271,10 +272,11 @@ def test_results_are_not_overwritten_and_splits_are_needed(model_folder, data, t
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
 def test_two_processes_under_deepspeed(model_folder, data, tmp_path, zero):
-    """The command of the README; what it keeps is whole, also of a partitioned model."""
+    """The command of the README; what it keeps is whole, also of a partitioned model. The norm is taken at once."""
     output = run(
-        script=SCRIPT, processes=2, zero=zero, model=model_folder, data=data, output_dir=tmp_path / "run", max_steps=4,
-        eval_strategy="steps", eval_steps=2, disable_tqdm=True, learning_rate=1e-3,
+        script=WITHOUT_SEARCH, entry="finetune.py", processes=2, zero=zero, model=model_folder, data=data,
+        output_dir=tmp_path / "run", max_steps=4, eval_strategy="steps", eval_steps=2, disable_tqdm=True,
+        learning_rate=1e-3,
     ).stdout  # fmt: skip
     assert "best on dev at step" in output
     _, metrics = predict(tmp_path / "run" / "final", data / "test.csv", tmp_path / "predicted")

@@ -16,14 +16,16 @@ from dnazen.train.gradients import NormAtOnce
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
-def build_engine(stage: int, accumulation: int, bf16: bool) -> deepspeed.DeepSpeedEngine:
+def build_engine(stage: int, accumulation: int, bf16: bool, with_norm: bool = True) -> deepspeed.DeepSpeedEngine:
     """Two layers, one of them in a group of its own, by the configuration that is shipped."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "weight_decay": 0.0}]
     config = json.loads((CONFIGS / f"zero{stage}.json").read_text())
+    # several parts, and a matrix that is larger than one
+    config["zero_optimization"] |= {"reduce_bucket_size": 200, "compute_grad_norm": with_norm}
     config |= {
-        "bf16": {"enabled": bf16}, "gradient_clipping": 1.0, "gradient_accumulation_steps": accumulation,
+        "bf16": {"enabled": bf16}, "gradient_clipping": float(with_norm), "gradient_accumulation_steps": accumulation,
         "train_micro_batch_size_per_gpu": 4, "train_batch_size": 4 * accumulation * torch.distributed.get_world_size(),
         "zero_allow_untested_optimizer": True,
     }  # fmt: skip
@@ -32,19 +34,20 @@ def build_engine(stage: int, accumulation: int, bf16: bool) -> deepspeed.DeepSpe
 
 
 def step(engine: deepspeed.DeepSpeedEngine, seed: int, spoilt_by: float | None, on_this: bool) -> float:
-    """One optimizer step; in its last micro-batch one number on the way back may become inf or NaN. Returns the norm."""
+    """One optimizer step, whose norm is returned; in one micro-batch a number on the way back may become inf or NaN."""
     generator = torch.Generator().manual_seed(100 * seed + torch.distributed.get_rank())
     accumulation = engine.gradient_accumulation_steps()
     for micro_step in range(accumulation):
         input = torch.randn(4, 16, generator=generator).to(next(engine.module.parameters()).dtype)
         output = engine(input)
-        if spoilt_by is not None and on_this and micro_step == accumulation - 1:
+        if spoilt_by is not None and on_this and micro_step == seed % accumulation:
             spoilt = torch.zeros_like(output, dtype=torch.bool)
             spoilt[2, 1] = True
             output.register_hook(lambda gradient, spoilt=spoilt: gradient.masked_fill(spoilt, spoilt_by))
         engine.backward(output.float().square().mean())
         engine.step()
-    return float(engine.get_global_grad_norm())
+    norm = engine.get_global_grad_norm()
+    return math.nan if norm is None else float(norm)
 
 
 def main() -> None:
@@ -78,6 +81,11 @@ def main() -> None:
                     else:
                         assert norm == math.inf and not any(moved), f"{where}, step {seed}: norm {norm}, moved {moved}"
                 engine.destroy()
+    engine = build_engine(2, 1, bf16=True, with_norm=False)  # then the search is all there is
+    NormAtOnce().on_train_begin(None, None, None, optimizer=SimpleNamespace(optimizer=engine.optimizer))
+    before = [weight.detach().clone() for weight in engine.optimizer.single_partition_of_fp32_groups]
+    step(engine, 0, math.inf, on_this=rank == last)
+    assert all(map(torch.equal, before, engine.optimizer.single_partition_of_fp32_groups)), "no norm: weights moved"
     print(f"process {rank}: all as it should be", flush=True)
     torch.distributed.destroy_process_group()
 
