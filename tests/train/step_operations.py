@@ -1,6 +1,7 @@
-"""Under torchrun: operations of an optimizer step of the base model under ZeRO-2 in bf16, as JSON: ours, DeepSpeed's own.
+"""Under torchrun: operations of an optimizer step of the base model in bf16, as JSON: by stage, ours and DeepSpeed's.
 
-They depend on the number of parameters, not on their width, which is small here. Views are not counted: they launch nothing.
+They depend on the number of parameters, not on their width, which is small here. Views are not counted: they launch
+nothing.
 """
 
 import json
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.train.gradients import NormAtOnce
 
-CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 class CountLaunches(TorchDispatchMode):
@@ -30,7 +31,7 @@ class CountLaunches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(at_once: bool) -> int:
+def count(stage: int, at_once: bool) -> int:
     """Operations of the second step, the first that makes no states."""
     config = DNAZenConfig.from_size(
         "base", vocab_size=64, ngram_vocab_size=32, hidden_size=24, num_attention_heads=12, intermediate_size=24
@@ -38,15 +39,18 @@ def count(at_once: bool) -> int:
     model = DNAZenForMaskedLM(config)
     vectors, matrices = ([p for p in model.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (False, True))
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    settings = json.loads(CONFIG.read_text()) | {
+    settings = json.loads((CONFIGS / f"zero{stage}.json").read_text()) | {
         "bf16": {"enabled": True}, "gradient_clipping": 1.0, "gradient_accumulation_steps": 1,
         "train_micro_batch_size_per_gpu": 1, "train_batch_size": 1, "zero_allow_untested_optimizer": True,
     }  # fmt: skip
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=1e-3, fused=True), config=settings)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if at_once:
         NormAtOnce().on_train_begin(None, None, None, optimizer=SimpleNamespace(optimizer=engine.optimizer))
+    labels = torch.arange(5, 25)
+    batch = {"input_ids": labels, "labels": labels, "cu_seqlens": torch.tensor([0, 20], dtype=torch.int32)}
     for _ in range(2):
-        engine.backward(sum(parameter.float().square().sum() for parameter in model.parameters()))
+        engine.backward(engine(**batch, max_seqlen=20).loss)
         with CountLaunches() as launches:
             engine.step()
     engine.destroy()
@@ -55,6 +59,6 @@ def count(at_once: bool) -> int:
 
 if __name__ == "__main__":
     deepspeed.init_distributed("gloo")
-    counts = {"at once": count(True), "own": count(False)}
+    counts = {f"ZeRO-{stage}": [count(stage, True), count(stage, False)] for stage in (1, 2, 3)}
     print(json.dumps(counts), flush=True)
     torch.distributed.destroy_process_group()
