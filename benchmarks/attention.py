@@ -3,12 +3,14 @@
     python -m benchmarks.attention --attn-implementation NAME --output FILE [--small]
 
 Writes JSON: for the tokens (65,536 in 300 sequences, with ALiBi) and the G-grams (3,000, at most 45 in each), the 20,
-50 and 80 % quantiles of forward and backward in ms, and the largest error of context and gradients against `eager` in
-fp32, beside that of `eager` in the same type: a back-end may err twice as much (the rule of FlashAttention's tests).
+50 and 80 % quantiles of a layer's forward and backward, and of the set-up that all layers share, in ms; and the
+largest error of context and gradients against `eager` in fp32, beside that of `eager` in the same type: a back-end may
+err twice as much (the rule of FlashAttention's tests).
 `--small` is for a machine without a GPU.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from torch import Tensor
 from benchmarks import run
 from benchmarks.registry import Case
 from dnazen.files import write_json
-from dnazen.layers.attention import alibi_slopes, packed_attention, select_attention
+from dnazen.layers.attention import Attention, alibi_slopes, packed_attention, select_attention
 
 NUM_HEADS, HEAD_DIM = 12, 64  # of base
 
@@ -48,23 +50,24 @@ SHAPES = {"tokens": Shape(65_536, 300, 512, True), "G-grams": Shape(3_000, 300, 
 SMALL = {"tokens": Shape(300, 5, 128, True), "G-grams": Shape(20, 5, 9, False)}
 
 
-def attend(name: str, shape: Shape, states: Tensor) -> Case:
-    """A Case; `states` is query, key, value and the context's gradient, `[4, total, heads, head_dim]`."""
-    offsets = torch.from_numpy(np.concatenate([[0], shape.lengths().cumsum()]))
-    offsets = offsets.to(states.device, torch.int32)
-    slopes = alibi_slopes(NUM_HEADS, states.device) if shape.alibi else None
+def set_up(name: str, shape: Shape, device: torch.device) -> Callable[[], Attention]:
+    """What a forward pass does once for all its layers."""
+    lengths = shape.lengths()
+    offsets = torch.from_numpy(np.concatenate([[0], lengths.cumsum()])).to(device, torch.int32)
+    slopes = alibi_slopes(NUM_HEADS, device) if shape.alibi else None
+    longest = int(lengths.max())
+    return lambda: packed_attention(name, offsets, longest, shape.total, slopes)
+
+
+def attend(attention: Attention, states: Tensor) -> Case:
+    """A Case of one layer; `states` is query, key, value and the context's gradient, `[4, total, heads, head_dim]`."""
     *leaves, grad = (tensor.detach().clone().requires_grad_() for tensor in states)
-
-    def forward() -> Tensor:
-        longest = int(shape.lengths().max())
-        return packed_attention(name, offsets, longest, shape.total, slopes)(*leaves)[0]
-
-    return Case(forward, leaves, grad.detach(), lambda output: output)
+    return Case(lambda: attention(*leaves)[0], leaves, grad.detach(), lambda output: output)
 
 
 def results(name: str, shape: Shape, states: Tensor) -> Tensor:
     """Context and the three gradients, fp32."""
-    case = attend(name, shape, states)
+    case = attend(set_up(name, shape, states.device)(), states)
     context = case.run()
     return torch.stack([context.detach(), *torch.autograd.grad(context, case.leaves, case.grad)]).float()
 
@@ -76,8 +79,10 @@ def measure(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -
     exact = results("eager", shape, states.float())
     error, allowed = ((results(other, shape, states) - exact).abs().max().item() for other in (name, "eager"))
     del exact
-    case = attend(name, shape, states)
+    prepare = set_up(name, shape, device)
+    case = attend(prepare(), states)
     times = {mode: run.measure_case(case, mode, device)[0] for mode in ("fwd", "bwd")}
+    times["set-up"] = run.quantiles_ms(prepare, device, [])
     return {"error": error, "error_of_eager": allowed, "agrees": error <= 2 * allowed + 1e-5, "ms": times}
 
 

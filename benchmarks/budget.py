@@ -36,7 +36,8 @@ from benchmarks.attention import SHAPES
 from benchmarks.batches import Batch, Genome, add_genome_arguments, load_genomes, make_batch, open_genome
 from benchmarks.roofline import LAUNCH_SECONDS, Traffic, implementation_rows, integer_rows
 from benchmarks.run import BATCH_TOKENS
-from dnazen.files import write_json
+from benchmarks.yeast import ROOT
+from dnazen.files import read_json, write_json
 from dnazen.layers.encoder import NgramLayer, TokenLayer
 from dnazen.layers.fusion import packed_add_norm
 from dnazen.layers.padding import PackedBatch
@@ -47,7 +48,12 @@ from dnazen.train.bench import training_flops
 FLOPS, BANDWIDTH, DATASHEET_FLOPS = 790e12, 4.3e12, 990e12  # per second: measured, measured, and what MFU divides by
 SEQUENCE_LENGTH = 512
 NGRAM_VOCAB_SIZE = 162_708  # published
-OPTIMIZER_BYTES = 30  # a parameter: bf16 gradient for the norm and again, three fp32 states read and written, bf16 weight
+# Read and written for a parameter, from its gradient to its new weight, by DeepSpeed 0.19.8 on one process under
+# ds_configs/zero2.json, kernel by kernel (stage_1_and_2.py). Of the gradient, in bf16: to the bucket 4, divided 4,
+# joined 4, copied back 4; in fp32: the sum zeroed 4, converted 6, added 12, norm 4, clipped 8; AdamW 28; bf16 weight 6.
+# The reduction is nothing. A parameter larger than a bucket is neither copied to it nor joined with others.
+OPTIMIZER_BYTES, OPTIMIZER_BYTES_IF_LARGE = 84, 76
+ZERO_2 = read_json(ROOT / "ds_configs" / "zero2.json", "a configuration of DeepSpeed's")["zero_optimization"]
 
 
 class Kernel(NamedTuple):
@@ -119,7 +125,9 @@ def compiled_kernels(module: nn.Module, *args) -> list[Kernel]:
             inputs.clear()
             return [value.new_empty(value.shape) if isinstance(value, Tensor) else value for value in made_up]
 
-        made_up = [torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value for value in values]
+        made_up = [
+            torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value for value in values
+        ]
         run._boxed_call = True
         return run
 
@@ -187,14 +195,23 @@ def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
         return compiled_kernels(module, states(rows, module.dense.in_features), states(rows), add_norm)
 
     def embeddings(module: nn.Module, rows: int) -> list[Kernel]:
-        input_ids, cu_seqlens = (torch.zeros(n, dtype=dtype, device="meta") for n, dtype in ((rows, torch.int64), (2, torch.int32)))
+        input_ids = torch.zeros(rows, dtype=torch.int64, device="meta")
+        cu_seqlens = torch.zeros(2, dtype=torch.int32, device="meta")
         return eager_kernels(lambda: module(input_ids, cu_seqlens))
 
     mlp, intermediate = token_layer.mlp, ngram_layer.intermediate
     head = model.cls["predictions"]
     labels = torch.zeros(num_masked, dtype=torch.int64, device="meta")
-    predict = lambda: F.cross_entropy(head(states(num_masked, device="meta")).float(), labels, reduction="sum")  # noqa: E731
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    def inner(rows: int) -> list[Kernel]:
+        return eager_kernels(lambda: intermediate.to("meta")(states(rows, device="meta")))
+
+    def loss() -> Tensor:
+        return F.cross_entropy(head(states(num_masked, device="meta")).float(), labels, reduction="sum")
+
+    numels = [parameter.numel() for parameter in model.parameters()]
+    large = sum(numel for numel in numels if numel > ZERO_2["reduce_bucket_size"])
+    optimizer = OPTIMIZER_BYTES * (sum(numels) - large) + OPTIMIZER_BYTES_IF_LARGE * large
     return [
         *(Part(row.name, 1, [Kernel(row.num_bytes), *[Kernel(0)] * (row.launches - 1)]) for row in integer_rows(batch)),
         Part("embeddings: tokens", 1, embeddings(model.bert.embeddings, num_tokens)),
@@ -207,10 +224,10 @@ def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
         Part("G-grams: q, k, v", fused, projections(ngram_layer.attention.self, num_ngrams)),
         Part("G-grams: attention", fused, attention_kernels(ngram_lengths, hidden)),
         Part("G-grams: attention's output", fused, residual_output(ngram_layer.attention.output, num_ngrams)),
-        Part("G-grams: MLP, inner", fused, eager_kernels(lambda: intermediate.to("meta")(states(num_ngrams, device="meta")))),
+        Part("G-grams: MLP, inner", fused, inner(num_ngrams)),
         Part("G-grams: MLP, outer", fused, residual_output(ngram_layer.output, num_ngrams)),
-        Part("masked-language head", 1, eager_kernels(predict)),
-        Part("optimizer, one GPU", 1, [Kernel(OPTIMIZER_BYTES * num_parameters)]),
+        Part("masked-language head", 1, eager_kernels(loss)),
+        Part("optimizer, one GPU", 1, [Kernel(optimizer)]),
     ]
 
 
@@ -219,12 +236,14 @@ def print_table(parts: list[Part], owed_flops: float, num_tokens: int) -> None:
     print("\n| | times | launches of one | GFLOP | MB | ms at 790 TFLOP/s | ms at 4.3 TB/s | ms |\n" + "|---" * 8 + "|")
     for name, times, kernels in parts:
         flops, num_bytes = (times * sum(column) for column in zip(*((k.flops, k.num_bytes) for k in kernels)))
-        cells = [f"{flops / 1e9:,.0f}", f"{num_bytes / 1e6:,.0f}", f"{1e3 * flops / FLOPS:.2f}", f"{1e3 * num_bytes / BANDWIDTH:.2f}"]
-        print(f"| {name} | {times} | {len(kernels)} | {' | '.join(cells)} | {1e3 * Part(name, times, kernels).seconds:.2f} |")
+        seconds = flops / FLOPS, num_bytes / BANDWIDTH, Part(name, times, kernels).seconds
+        cells = [name, times, len(kernels), f"{flops / 1e9:,.0f}", f"{num_bytes / 1e6:,.0f}"]
+        print("|", " | ".join(map(str, [*cells, *(f"{1e3 * value:.2f}" for value in seconds)])), "|")
     seconds, launches = sum(part.seconds for part in parts), sum(part.times * len(part.kernels) for part in parts)
     print(f"\n{launches:,} launches, {1e3 * LAUNCH_SECONDS * launches:.1f} ms of the host's time")
     print(f"owed: {owed_flops / 1e12:.2f} TFLOP, {owed_flops / num_tokens / 1e9:.3f} GFLOP a token")
-    print(f"at best {1e3 * seconds:.1f} ms, {num_tokens / seconds:,.0f} tokens/s, MFU {owed_flops / seconds / DATASHEET_FLOPS:.1%}")
+    mfu = owed_flops / seconds / DATASHEET_FLOPS
+    print(f"at best {1e3 * seconds:.1f} ms, {num_tokens / seconds:,.0f} tokens/s, MFU {mfu:.1%}")
 
 
 def main() -> None:
@@ -237,11 +256,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=tokens, help="of a step; of operators")
     parser.add_argument("--output", type=Path, metavar="FILE")
     args = parser.parse_args()
+    if len({value is None for value in (args.corpus, args.ngrams, args.output)}) > 1:
+        parser.error("--corpus, --ngrams and --output go together")
     if args.corpus is not None:
         genome = open_genome(args.corpus, args.ngrams, "corpus")
         write_json(args.output, predict(genome, args.model, *args.tokens))
         return
-    batch = make_batch(load_genomes(args.fasta, args.tokenizer, (SEQUENCE_LENGTH,))[SEQUENCE_LENGTH], RECIPES["base"].max_batch_tokens)
+    genome = load_genomes(args.fasta, args.tokenizer, (SEQUENCE_LENGTH,))[SEQUENCE_LENGTH]
+    batch = make_batch(genome, RECIPES["base"].max_batch_tokens)
     config = DNAZenConfig.from_size("base", vocab_size=4096, ngram_vocab_size=NGRAM_VOCAB_SIZE)
     print_table(parts_of_step(config, batch), owed(config, batch), len(batch.input_ids))
 

@@ -7,7 +7,7 @@ two archives, cut into parts: `base` (the commit that is checked out, DeepSpeed 
 for `benchmarks.gpu`) and `flash4` (FlashAttention-4); and `unpack.py`, which is to be run there beside the parts, all
 at once or as they come:
 
-    python unpack.py TARGET_DIR
+    python3 unpack.py TARGET_DIR
 
 It checks the parts against their SHA-256, joins and unpacks each archive that is whole, and installs it.
 """
@@ -35,7 +35,7 @@ PACKAGES = {
 }  # fmt: skip
 GLIBC = (17, 24, 27, 28, 31, 34)  # versions 2.x that wheels ask for and such a machine has
 UNPACK = '''\
-"""Join, check, unpack and install what lies beside this file: python unpack.py TARGET_DIR"""
+"""Join, check, unpack and install what lies beside this file: python3 unpack.py TARGET_DIR"""
 
 import hashlib
 import io

@@ -6,7 +6,7 @@ Each step is a process of its own, with a time limit, a log (`logs/STEP.txt`) an
 fails costs itself only. Started again with the same folder, the command goes on with what is left: steps that are done
 stay done, those that failed are tried again after all others. A step begins only if its limit fits into the minutes
 that remain. `report.md`, written anew after each step, holds every figure beside what `benchmarks.budget` and
-`benchmarks.roofline` predict. The exit status is 0 if nothing failed.
+`benchmarks.roofline` predict, with its commit if that is not the present one. The exit status is 0 if nothing failed.
 
 `--data` is what an earlier sitting, or `benchmarks.carry`, prepared (default: `data` in the output folder). `--dry-run`
 goes the same way on a CPU, with small data and models; its figures say nothing of a GPU.
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import gzip
 import json
+import os
 import re
 import shlex
 import shutil
@@ -23,14 +24,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
 from benchmarks.gpu_page import READERS, installed, page
-from benchmarks.yeast import ROOT
-from dnazen.files import write_json
+from benchmarks.yeast import ROOT, commit
+from dnazen.files import InputError, write_json
 from dnazen.train.prepare import PACKAGED_GENOME
 from tests.train.launch import environment, free_port
 
@@ -52,6 +54,7 @@ TUNED = {  # constants of the fusion's kernels, what shows their worth, and what
     "EDGES_AT_ONCE": ("ngram_fusion", "bwd", (2, 4, 8)),
 }
 DRY_BASES = 300_000
+CUDA_PROGRAMS = "/usr/local/cuda/bin"  # where programs lie that are often not on PATH
 TAIL = 25  # lines of a failed step's log
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
@@ -167,21 +170,35 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def search_path() -> str:
+    """Where a step's programs are looked for."""
+    return environment()["PATH"] + os.pathsep + CUDA_PROGRAMS
+
+
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
 class Sitting:
-    """The steps, what is known of them, and the page."""
+    """The steps, what is known of them, and the page.
+
+    Raises:
+        InputError: the folder holds results of the other mode, dry or not.
+    """
 
     def __init__(self, out: Path, data: Path, dry: bool):
         self.out, self.data, self.dry, self.steps = out, data, dry, plan(dry)
+        self.mode = "dry run" if dry else "sitting at a GPU"
         for folder in (out / "logs", out / "steps", data):
             folder.mkdir(parents=True, exist_ok=True)
         self.results = {path.stem: json.loads(path.read_text()) for path in (out / "steps").glob("*.json")}
+        for mode in {result.get("mode", "run that kept no mode") for result in self.results.values()} - {self.mode}:
+            raise InputError(f"{out}: expected results of a {self.mode}, found those of a {mode}: take another folder")
         self.notes: dict[str, str] = {}  # of steps that do not run now
 
-    def fill(self, text: str) -> str:
-        return text.format(out=self.out, data=self.data, port=free_port(), fastest=self.fastest())
+    def fill(self, text: str, written: Callable[[str], str] = str) -> str:
+        """A step's text with its places filled, folders as they are `written` there."""
+        out, data = written(str(self.out)), written(str(self.data))
+        return text.format(out=out, data=data, port=free_port(), fastest=self.fastest())
 
     def is_done(self, step: Step) -> bool:
         return self.results.get(slug(step.name), {}).get("state") == "done"
@@ -196,7 +213,7 @@ class Sitting:
         """Why it cannot begin now, or nothing."""
         if step.left_out:
             return f"not in a dry run: {step.left_out}"
-        if step.needs and shutil.which(step.needs) is None and installed(step.needs) is None:
+        if step.needs and shutil.which(step.needs, path=search_path()) is None and installed(step.needs) is None:
             return f"left for another sitting: {step.needs} is not here"
         before = next((other for other in self.steps if other.name == step.after), None)
         if before is not None and not self.is_done(before):
@@ -229,6 +246,7 @@ class Sitting:
         return all(result["state"] == "done" for result in self.results.values())
 
     def keep(self, step: Step, result: dict[str, Any]) -> None:
+        result |= {"mode": self.mode, "commit": commit()}
         self.results[slug(step.name)] = result
         write_json(self.out / "steps" / f"{slug(step.name)}.json", result)
         self.write_report()
@@ -238,8 +256,9 @@ class Sitting:
         """Run it to its end or its limit; its figures are read even if it failed, as far as they are there."""
         log, started = self.out / "logs" / f"{slug(step.name)}.txt", time.perf_counter()
         own = {key: value for key, value in environment().items() if key != "TRITON_INTERPRET"}
-        own |= (ON_CPU if self.dry else {}) | step.environment | {"PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
-        command, result = self.fill(step.command), Path(self.fill(step.result))
+        own |= (ON_CPU if self.dry else {}) | step.environment
+        own |= {"PYTHONUNBUFFERED": "1", "COLUMNS": "200", "PATH": search_path()}
+        command, result = self.fill(step.command, shlex.quote), Path(self.fill(step.result))
         if step.figures in ("bench", "operators"):  # of a try before
             shutil.rmtree(result.parent if step.figures == "bench" else result, ignore_errors=True)
         with log.open("w") as file:
@@ -297,7 +316,10 @@ def main() -> int:
         parser.error("no GPU found (nvidia-smi is not here); --dry-run goes through the plan without one")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end; what is done stays done"))
     out = args.output_dir.resolve()
-    sitting = Sitting(out, (args.data or out / "data").resolve(), args.dry_run)
+    try:
+        sitting = Sitting(out, (args.data or out / "data").resolve(), args.dry_run)
+    except InputError as error:
+        parser.error(str(error))
     good = sitting.run(args.minutes)
     print(f"report: {out / 'report.md'}")
     return 0 if good else 1

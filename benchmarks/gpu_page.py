@@ -75,6 +75,9 @@ def read_bench(path: Path, log: str, predicted: dict) -> list[Figure]:
     figures, result = [], json.loads(path.read_text())
     for row in result["rows"]:
         best = predicted if row["impl"] == "auto" else {}
+        compilations = row["compilations"]
+        if not row["counts_attention"]:
+            compilations = f"{compilations}, attention's not counted"
         figures += [
             Figure(f"tokens/s, {row['attention']}", row["tokens_per_second"], best.get("tokens_per_second"), True),
             Figure("MFU", row["mfu"] or "no peak known", best.get("mfu"), True),
@@ -82,7 +85,7 @@ def read_bench(path: Path, log: str, predicted: dict) -> list[Figure]:
             Figure("share of time waiting for the loader", row["loader_wait"], "0"),
             Figure("peak memory, GiB", row["peak_memory_bytes"] / 2**30),
             Figure("warm-up, steps", row["warm_up"]["steps"]),
-            Figure("compilations while measured", row["compilations"], "0"),
+            Figure("compilations while measured", compilations, "0"),
         ]
     if result["profile"]["gaps"] is not None:
         launching = LAUNCH_MS * predicted.get("launches", 0)
@@ -136,10 +139,13 @@ def page(steps: list[tuple[str, dict[str, Any]]], predicted: dict[str, Any], dry
     lines = ["# A sitting at a GPU" + ": dry run on a CPU" * dry, ""]
     if dry:
         lines += ["Small data and models on a CPU, to try the plan: **no figure here says anything of a GPU**.", ""]
-    lines += [f"- {what}: {value}" for what, value in describe_machine(dry).items()]
+    machine = describe_machine(dry)
+    lines += [f"- {what}: {value}" for what, value in machine.items()]
     lines += ["", "## Steps", "", "| step | state | seconds |", "|---|---|---|"]
     failures, figures, profiles = [], [], []
     for name, result in steps:
+        if result.get("commit", machine["commit"]) != machine["commit"]:
+            name += f" (at commit {result['commit'][:10]})"
         seconds = "" if result["seconds"] is None else round(result["seconds"])
         lines.append(f"| {name} | {result['state']} | {seconds} |")
         if result["tail"]:

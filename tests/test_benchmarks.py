@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import json
 import os
 import re
 import shlex
@@ -20,9 +21,11 @@ from benchmarks import attention, budget, carry, gpu, gpu_page, registry, rehear
 from benchmarks.batches import Genome, graph_of, make_batch
 from benchmarks.registry import MODES, OPERATORS, Sizes
 from dnazen.cli.main import _make_parser
+from dnazen.files import InputError
 from dnazen.layers.attention import BACKENDS
 from dnazen.models import DNAZenConfig
 from dnazen.train.arguments import DataArguments, PretrainingArguments
+from tests.train.launch import environment, free_port
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +235,24 @@ def test_the_budget_of_a_step_holds_all_that_is_owed(batch, device):
     assert all(kernel.num_bytes >= 0 for part in parts for kernel in part.kernels)
 
 
+def test_the_budget_of_the_optimizer_is_what_deepspeed_moves(root):
+    """Counted in a step under ZeRO-2 on one process: parameters that share a bucket, and ones larger than it."""
+    line = ["torchrun", "--nproc_per_node", "1", "--master_port", str(free_port()), str(root / "tests/step_traffic.py")]
+    output = subprocess.run(line, env=environment() | gpu.ON_CPU, capture_output=True, text=True, check=True).stdout
+    found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    assert found["ZeRO-2"] == pytest.approx(budget.OPTIMIZER_BYTES, abs=0.1)  # states of one number beside the tensors
+    assert found["ZeRO-2, large"] == pytest.approx(budget.OPTIMIZER_BYTES_IF_LARGE, abs=0.1)
+    assert found["ZeRO-1"] == pytest.approx(70, abs=0.1)  # as README.md says
+
+
+@pytest.mark.parametrize("arguments", [["--corpus", "x", "--ngrams", "x"], ["--output", "x"], ["--corpus", "x"]])
+def test_a_budget_without_its_output_or_corpus_is_refused(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["budget", *arguments])
+    with pytest.raises(SystemExit):
+        budget.main()
+    assert "--corpus, --ngrams and --output go together" in capsys.readouterr().err
+
+
 # -- a sitting at a GPU -----------------------------------------------------------------------------------------------
 
 
@@ -300,6 +321,45 @@ def test_started_again_it_goes_on_with_what_is_left(tmp_path):
     assert good and set(states.values()) == {"done"} and order.read_text() == "abcb"
 
 
+def test_results_of_the_other_mode_are_refused(tmp_path, monkeypatch, capsys):
+    """Else figures of a CPU would stand as done."""
+    sit(tmp_path, [gpu.Step("one", say("x"), 50)])
+    with pytest.raises(InputError, match="expected results of a sitting at a GPU, found those of a dry run"):
+        gpu.Sitting(tmp_path, tmp_path / "data", dry=False)
+    monkeypatch.setattr(gpu.shutil, "which", lambda *args, **kwargs: "/bin/true")
+    monkeypatch.setattr("sys.argv", ["gpu", "--output-dir", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert capsys.readouterr().err.splitlines()[-1].startswith("gpu: error: ")
+
+
+def test_rows_of_another_commit_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "commit", lambda: "0123456789abcdef")
+    one, two = (gpu.Step(name, say("1 passed in 2 s"), 50, "tests") for name in ("one", "two"))
+    sit(tmp_path, [one])
+    monkeypatch.undo()
+    page = sit(tmp_path, [one, two])[2]
+    assert "| one (at commit 0123456789) | done |" in page and "| two | done |" in page
+    assert "| one (at commit 0123456789) | tests passed |" in page and "| two | tests passed |" in page
+
+
+def test_folders_may_have_spaces_and_quotes(tmp_path):
+    step = gpu.Step("touch", "touch {out}/made {data}/made", 50)
+    assert sit(tmp_path / "a folder's", [step])[0]
+    assert (tmp_path / "a folder's" / "made").exists() and (tmp_path / "a folder's" / "data" / "made").exists()
+
+
+def test_programs_of_cuda_are_found_off_the_path(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "some-sanitizer"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    step = gpu.Step("checked", "some-sanitizer", 50, needs="some-sanitizer")
+    assert sit(tmp_path / "out", [step])[1] == {"checked": None}
+    monkeypatch.setattr(gpu, "CUDA_PROGRAMS", str(program.parent))
+    assert sit(tmp_path / "out", [step])[1] == {"checked": "done"}
+
+
 def test_interrupted_it_leaves_a_page_and_nothing_running(tmp_path):
     code = (
         "import sys; from pathlib import Path; from benchmarks import gpu\n"
@@ -321,14 +381,15 @@ def test_interrupted_it_leaves_a_page_and_nothing_running(tmp_path):
 
 
 def test_predictions_stand_beside_what_was_measured(tmp_path):
-    """By hand: 8.6 MB at 4.3 TB/s are 2 us, of which 4 us reach a half; einsum's 3 ms are the roofline's for that batch."""
+    """By hand: 8.6 MB at 4.3 TB/s are 2 us, of which 4 us reach a half; einsum's 3 ms are the roofline's."""
     row = {column: "" for column in run.COLUMNS}
     row |= {"op": "ngram_fusion", "mode": "fwdbwd", "dtype": "bfloat16", "device": "NVIDIA H200"}
     shape = "genome S=512 T=32700 B=9 N=9 E=9 H=768"
     for impl, milliseconds in (("triton", 0.004), ("einsum", 6.0)):
         speed = 8.6e-3 / (milliseconds * 1e-3)  # GB/s
         run.write_row({**row, "impl": impl, "shape": shape, "p50_ms": milliseconds, "gb_per_s": speed}, tmp_path)
-    predicted = {"operators": {"ngram_fusion": {"32768": {"einsum, bfloat16": 3.0}, "262144": {"einsum, bfloat16": 9.0}}}}
+    rows = {"32768": {"einsum, bfloat16": 3.0}, "262144": {"einsum, bfloat16": 9.0}}
+    predicted = {"operators": {"ngram_fusion": rows}}
     triton, einsum = gpu_page.read_operators(tmp_path, "", predicted)
     assert triton.predicted == pytest.approx(0.002) and triton.reached == pytest.approx(0.5)
     assert (einsum.measured, einsum.predicted, einsum.reached) == (6.0, 3.0, 0.5)
@@ -386,6 +447,29 @@ def test_attention_is_measured_at_production_shapes():
     assert (ngrams.sum(), len(ngrams), ngrams.max() <= 45) == (3_000, 300, True)
 
 
+def test_attention_is_set_up_once_and_not_timed_with_the_kernels(monkeypatch):
+    """As for all layers of a forward pass; once more for the time of that itself, in 1 + 5 calls."""
+    monkeypatch.setattr(run, "CPU_SECONDS", 0.0)
+    small, cpu, made, run_ = attention.SMALL["tokens"], torch.device("cpu"), [], []
+    right = attention.packed_attention
+
+    def counting(*sizes):
+        made.append(sizes[0])
+        attend = right(*sizes)
+
+        def once(*states):
+            run_.append(sizes[0])
+            return attend(*states)
+
+        return once
+
+    monkeypatch.setattr(attention, "packed_attention", counting)
+    found = attention.measure("sdpa", small, cpu, torch.float32)
+    assert found["ms"].keys() == {"fwd", "bwd", "set-up"}
+    assert made.count("sdpa") == 1 + 1 + 6  # errors; fwd and bwd; itself
+    assert run_.count("sdpa") == 1 + 6 + 1  # errors; fwd; the graph of bwd
+
+
 def test_attention_that_is_wrong_is_told(monkeypatch):
     """sdpa agrees with eager; a stand-in for it that forgets the distance does not."""
     monkeypatch.setattr(run, "CPU_SECONDS", 0.0)
@@ -403,11 +487,12 @@ def test_attention_that_is_wrong_is_told(monkeypatch):
 
 @pytest.mark.slow
 def test_the_plan_runs_dry(tmp_path, monkeypatch, capsys):
-    """Every step that a CPU can do, small; a second call finds nothing to do."""
+    """Every step that a CPU can do, small, in a folder with a space; a second call finds nothing to do."""
+    tmp_path = tmp_path / "a folder"
     monkeypatch.setattr("sys.argv", ["gpu", "--dry-run", "--output-dir", str(tmp_path)])
     assert gpu.main() == 0, (tmp_path / "report.md").read_text()
     page = (tmp_path / "report.md").read_text()
-    states = {step.name: re.search(rf"^\| {re.escape(step.name)} \| (.*?) \|", page, re.M)[1] for step in gpu.plan(True)}
+    states = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \| \d* \|$", page, re.MULTILINE))
     for step in gpu.plan(True):
         assert states[step.name] == (f"not in a dry run: {step.left_out}" if step.left_out else "done")
     assert sum(state == "done" for state in states.values()) >= 13

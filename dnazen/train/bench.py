@@ -36,6 +36,7 @@ from dnazen.train.trainer import Batch, PretrainingTrainer
 
 # dense bf16 TFLOP/s on the data sheets, by a part of the device's name
 PEAK_TFLOPS = {"H200": 990, "H100": 990, "H800": 990, "GH200": 990, "A100": 312, "A800": 312, "B200": 2250}
+VERSIONS_OF = ("dnazen", "torch", "transformers", "numpy")
 QUIET_STEPS = 5  # in a row that compile nothing end the warm-up
 MAX_WARM_UP_STEPS = 100
 PROFILED_STEPS = 3
@@ -45,10 +46,11 @@ LARGEST_TRACE = 16 * 2**20  # bytes, compressed; a larger one is not kept
 def training_flops(config: DNAZenConfig, lengths: np.ndarray, ngram_lengths: np.ndarray, num_masked: int) -> float:
     """Floating-point operations that one forward and backward owe to these sequences: matrix products and attention.
 
-    A multiply-add counts 2, the backward twice the forward. Per token E4BU owes `4 H^2 + 3 H F` multiply-adds in a layer
-    and, in attention, `2 H n` where n is the length of its sequence; the G-gram encoder `4 H^2 + 2 H F` per G-gram and as
-    much attention; the embeddings `2 w H^2` per token if w neighbors on either side enter; the head `H^2 + H V` per
-    masked token. Nothing is owed to padding, nor for looking up, norms, the fusion or what is computed twice.
+    A multiply-add counts 2, the backward twice the forward. Per token E4BU owes `4 H^2 + 3 H F` multiply-adds in a
+    layer and, in attention, `2 H n` where n is the length of its sequence; the G-gram encoder `4 H^2 + 2 H F` per
+    G-gram and as much attention; the embeddings `2 w H^2` per token if w neighbors on either side enter; the head
+    `H^2 + H V` per masked token. Nothing is owed to padding, nor for looking up, norms, the fusion or what is computed
+    twice.
 
     Args:
         config: the model's sizes.
@@ -93,9 +95,19 @@ class Compilations:
     def total(self) -> int:
         """So far."""
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return graphs + self._triton_kernels + sum(len(cache.cache) for cache in self._flash_attention_4_caches())
+
+    def counts(self, attention: str) -> bool:
+        """Whether kernels of that back-end are among the total: FlashAttention-4's are only where its caches are found,
+        by the name that they have in 4.0.0b36.
+        """
+        return attention != "flash_attention_4" or len(self._flash_attention_4_caches()) > 0
+
+    def _flash_attention_4_caches(self) -> list[Any]:
         interface = vars(sys.modules.get("flash_attn.cute.interface", object)).values()
-        caches = {id(cache): cache for item in interface if (cache := getattr(item, "compile_cache", None)) is not None}
-        return graphs + self._triton_kernels + sum(len(cache.cache) for cache in caches.values())
+        caches = (getattr(item, "compile_cache", None) for item in interface)
+        # functions may share one
+        return list({id(cache): cache for cache in caches if hasattr(cache, "cache")}.values())
 
 
 class Stopwatch(TrainerCallback):
@@ -111,7 +123,8 @@ class Stopwatch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         is_cuda = args.device.type == "cuda"
         if self.profiler is not None:
-            if is_cuda:
+            # before the first profiled step and after the last: in between, the host goes ahead as in training
+            if is_cuda and self.profiler.step_num in (0, PROFILED_STEPS):
                 torch.cuda.synchronize()
             self.profiler.step()
             if self.profiler.step_num > PROFILED_STEPS:
@@ -286,7 +299,8 @@ def measure(
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     set_seed(42)
     corpus = Corpus.open(corpus_dir)
     vocabulary = load_ngrams(ngrams_dir, corpus)
@@ -327,17 +341,18 @@ def measure(
         )
         trainer.start(0.0, {})
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Stopwatch(trainer, seconds, profile_folder))
+        stopwatch = Stopwatch(trainer, seconds, profile_folder)
+        trainer.add_callback(stopwatch)
         trainer.train()
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    attention = trainer.model.select_attention(args.device, dtype)
+    attention = "padded" if impl == "reference" else trainer.model.select_attention(args.device, dtype).name
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)
     measured, elapsed = trainer.measured, trainer.measured["seconds"]
     rows = measured["sequences"] * longest if impl == "reference" else measured["tokens"]
     return {
         "impl": impl,
-        "attention": "padded" if impl == "reference" else attention.name,
+        "attention": attention,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "steps": measured["steps"],
         "seconds": elapsed,
@@ -352,6 +367,7 @@ def measure(
         "ngrams_per_token": measured["ngrams"] / measured["tokens"],
         "warm_up": trainer.warm_up,
         "compilations": measured["compilations"],
+        "counts_attention": stopwatch.compilations.counts(attention),
         "device": device,
     }
 
@@ -425,7 +441,7 @@ def bench(
             "deepspeed": deepspeed,
             "torch_compile": torch_compile,
             "machine": f"{rows[0]['device']}, {psutil.cpu_count()} cores, {platform.machine()}",
-            "versions": {name: importlib.metadata.version(name) for name in ("dnazen", "torch", "transformers", "numpy")},
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONS_OF},
             "rows": rows,
             "failed": failed,
             "speed_up": [rows[0]["tokens_per_second"] / row["tokens_per_second"] for row in rows],
@@ -438,9 +454,8 @@ def bench(
 
 def format_bench(result: dict[str, Any]) -> str:
     """A table with a column for each implementation."""
-    lines = [
-        f"{result['model']}, {result['precision']}, up to {result['max_batch_tokens']:,} tokens a step, on {result['machine']}"
-    ]
+    size = f"up to {result['max_batch_tokens']:,} tokens a step"
+    lines = [f"{result['model']}, {result['precision']}, {size}, on {result['machine']}"]
     table = {
         "tokens/s": "{tokens_per_second:,.0f}",
         "TFLOP/s": "{tflops_per_second:.3f}",
@@ -464,6 +479,9 @@ def format_bench(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         if not row["warm_up"]["ended"]:
             lines.append(f"{row['impl']}: still compiling after {row['warm_up']['steps']} steps, when measuring began")
+        if not row["counts_attention"]:
+            kernels = f"{row['attention']}'s kernels are not counted among what compiles"
+            lines.append(f"{row['impl']}: {kernels}, so the warm-up may have ended early: its caches were not found")
         if row["compilations"]:
             lines.append(f"{row['impl']}: {row['compilations']} compilations while it was measured")
     return "\n".join(lines + format_profile(result["profile"]) if result["profile"] else lines)

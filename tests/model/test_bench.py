@@ -94,6 +94,23 @@ def test_flash_attention_4_is_counted(compilations, monkeypatch):
     assert compilations.total() - before == 2
 
 
+def test_flash_attention_4_without_the_caches_of_this_release_is_told(compilations, monkeypatch):
+    other = SimpleNamespace(forward=SimpleNamespace(kernels={}))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", other)
+    assert not compilations.counts("flash_attention_4") and compilations.counts("flex_attention")
+    other.forward.compile_cache = SimpleNamespace(cache={})
+    assert compilations.counts("flash_attention_4")
+    row = {"impl": "auto", "attention": "flash_attention_4", "counts_attention": False, "compilations": 0, "mfu": None}
+    row |= dict.fromkeys(
+        ("tokens_per_second", "tflops_per_second", "tokens_per_step", "sequences_per_step", "padding_share",
+         "loader_wait", "ngrams_per_token", "peak_memory_bytes"), 1.0,
+    )  # fmt: skip
+    row["warm_up"] = {"ended": True}
+    result = {"model": "tiny", "precision": "bf16", "max_batch_tokens": 1, "machine": "m", "rows": [row]}
+    said = bench.format_bench({**result, "speed_up": [1.0], "failed": {}, "profile": None})
+    assert "auto: flash_attention_4's kernels are not counted" in said
+
+
 class Recorder:
     """What a Stopwatch says to its trainer, and when."""
 
@@ -135,6 +152,24 @@ def test_a_warm_up_without_end_is_cut_and_says_so(compilations, monkeypatch):
     stopped, said = run_steps(range(3, 20), monkeypatch, most=4)
     assert stopped == 5 and said[0][1]["steps"] == 4 and not said[0][1]["ended"]
     assert said[1] == ("stop", 1)  # and that something compiled while it was measured
+
+
+def test_the_device_is_waited_for_before_the_first_profiled_step_and_after_the_last(
+    compilations, monkeypatch, tmp_path
+):
+    """A wait between them would empty the queue, and the next forward would find the GPU idle."""
+    watch = Stopwatch(Recorder(), 0.0, str(tmp_path))
+    watch.is_measuring, watch.trainer.started, waited = True, 0.0, []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(watch.profiler and watch.profiler.step_num))
+    args, control = SimpleNamespace(device=torch.device("cuda")), SimpleNamespace(should_training_stop=False)
+    steps = 0
+    while not control.should_training_stop:
+        watch.on_step_end(args, SimpleNamespace(global_step=steps), control)
+        torch.zeros(1).add_(1)
+        steps += 1
+    # the step that ends the measurement, one to warm the profiler up, and those that are profiled
+    assert steps == 1 + 1 + bench.PROFILED_STEPS
+    assert waited == [None, 0, bench.PROFILED_STEPS]
 
 
 def event(name, start, end, on_gpu=False, annotation=False):
