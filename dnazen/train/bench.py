@@ -28,8 +28,8 @@ from dnazen.data.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch
 from dnazen.data.shards import Corpus
 from dnazen.environment import grow_memory_segments
 from dnazen.files import InputError, atomic_directory, read_json, write_json
-from dnazen.layers.attention import BACKENDS
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
+from dnazen.models.modeling_dnazen import BACKENDS
 from dnazen.ngram.vocab import load_ngrams
 from dnazen.train.arguments import RECIPES, PretrainingArguments
 from dnazen.train.trainer import Batch, PretrainingTrainer
