@@ -32,6 +32,7 @@ import psutil
 
 from benchmarks.gpu_page import READERS, installed, page
 from benchmarks.yeast import ROOT, commit
+from dnazen.data.fasta import read_fasta
 from dnazen.files import InputError, write_json
 from dnazen.train.prepare import PACKAGED_GENOME
 from tests.train.launch import environment, free_port
@@ -228,10 +229,8 @@ class Sitting:
         """All that is left and fits; False if something failed."""
         deadline, genome = time.monotonic() + 60 * minutes, self.data / "genome.fa.gz"
         if not genome.exists():
-            with gzip.open(PACKAGED_GENOME, "rt") as file:
-                header, *lines = file.read().splitlines()
-            sequence = "".join(lines)
-            genome.write_bytes(gzip.compress(f"{header}\n{sequence[: DRY_BASES if self.dry else None]}\n".encode()))
+            name, sequence = next(read_fasta(PACKAGED_GENOME))
+            genome.write_bytes(gzip.compress(f">{name}\n{sequence[: DRY_BASES if self.dry else None]}\n".encode()))
         for step in sorted(self.steps, key=lambda step: slug(step.name) in self.results):  # failed before: last
             if self.is_done(step):
                 continue

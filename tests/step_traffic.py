@@ -5,8 +5,6 @@ reduction over one process, which on a GPU is none.
 """
 
 import json
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -15,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dnazen.train.gradients import NormAtOnce
+from tests.zero_engine import build_engine, take_norm_at_once
 
-CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 NUM_TENSORS, SIZE = 6, 100_000
 FREE = {"allreduce_", "empty", "empty_like", "new_empty_strided"}  # and all that only views
 
@@ -49,15 +46,10 @@ class Bytes(TorchDispatchMode):
 
 def count(stage: int, bucket: int) -> float:
     """Bytes a parameter, of the second step, the first that makes no states."""
-    settings = json.loads((CONFIGS / f"zero{stage}.json").read_text()) | {
-        "bf16": {"enabled": True}, "gradient_clipping": 1.0, "gradient_accumulation_steps": 1,
-        "train_micro_batch_size_per_gpu": 1, "train_batch_size": 1, "zero_allow_untested_optimizer": True,
-    }  # fmt: skip
-    settings["zero_optimization"]["reduce_bucket_size"] = bucket
     model = nn.ParameterList(torch.ones(SIZE) for _ in range(NUM_TENSORS))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    NormAtOnce().on_train_begin(None, None, None, optimizer=SimpleNamespace(optimizer=engine.optimizer))
+    engine = build_engine(model, optimizer, stage, reduce_bucket_size=bucket)
+    take_norm_at_once(engine)
     for _ in range(2):
         with Bytes() as moved:
             engine.backward(sum(parameter.sum() for parameter in model))

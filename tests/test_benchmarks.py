@@ -25,7 +25,7 @@ from dnazen.files import InputError
 from dnazen.layers.attention import BACKENDS
 from dnazen.models import DNAZenConfig
 from dnazen.train.arguments import DataArguments, PretrainingArguments
-from tests.train.launch import environment, free_port
+from tests.train.launch import torchrun
 
 
 @pytest.fixture(scope="module")
@@ -237,8 +237,7 @@ def test_the_budget_of_a_step_holds_all_that_is_owed(batch, device):
 
 def test_the_budget_of_the_optimizer_is_what_deepspeed_moves(root):
     """Counted in a step under ZeRO-2 on one process: parameters that share a bucket, and ones larger than it."""
-    line = ["torchrun", "--nproc_per_node", "1", "--master_port", str(free_port()), str(root / "tests/step_traffic.py")]
-    output = subprocess.run(line, env=environment() | gpu.ON_CPU, capture_output=True, text=True, check=True).stdout
+    output = torchrun(root / "tests" / "step_traffic.py", 1, **gpu.ON_CPU)
     found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     assert found["ZeRO-2"] == pytest.approx(budget.OPTIMIZER_BYTES, abs=0.1)  # states of one number beside the tensors
     assert found["ZeRO-2, large"] == pytest.approx(budget.OPTIMIZER_BYTES_IF_LARGE, abs=0.1)

@@ -1,7 +1,6 @@
 """Batches of other sizes run the kernels that the first one had compiled: Triton would key them all alike."""
 
 import functools
-import gzip
 from collections import defaultdict
 
 import numpy as np
@@ -15,11 +14,9 @@ from triton.runtime.jit import JITFunction, compute_cache_key, create_function_f
 
 from dnazen.data.collator import Masking, PackedCollator
 from dnazen.data.device import DeviceBatch
-from dnazen.data.shards import Corpus, build_corpus
-from dnazen.data.tokenizer import train_tokenizer
-from dnazen.ngram.extract import build_ngrams
+from dnazen.data.shards import Corpus
 from dnazen.ngram.vocab import load_ngrams
-from dnazen.train.prepare import PACKAGED_GENOME
+from tests.genome import prepare_part
 
 HIDDEN_SIZE, LENGTH = 16, 7  # short rows and sequences, for kernels may be interpreted
 SIZES = [5, *(1 + 3 * number % 17 for number in range(50))]  # sequences: 5, then 1 to 17 three times over, in disorder
@@ -35,15 +32,8 @@ VARIANTS = {  # 2 where an argument may be None
 def corpus(tmp_path_factory) -> Corpus:
     """The first 100 kb of the packaged genome in sequences of at most 28 tokens; G-grams in `../ngrams`."""
     folder = tmp_path_factory.mktemp("variants")
-    with gzip.open(PACKAGED_GENOME, "rt") as file:
-        header, *lines = file.read().splitlines()
-    sequence = "".join(lines)[:100_000]
-    (folder / "part.fa").write_text(f"{header}\n{sequence}\n")
-    tokenizer = train_tokenizer([sequence], vocab_size=256)
-    build_corpus([folder / "part.fa"], tokenizer, folder / "corpus", max_tokens=28, validation_fraction=0.05)
-    corpus = Corpus.open(folder / "corpus")
-    build_ngrams(corpus, folder / "ngrams", min_pmi=0.7)
-    return corpus
+    prepare_part(folder, num_bases=100_000, max_tokens=28)
+    return Corpus.open(folder / "corpus")
 
 
 @pytest.fixture

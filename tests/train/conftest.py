@@ -1,16 +1,12 @@
 """A small real corpus: the first 300 kb of the packaged genome, with its own tokenizer and G-grams."""
 
-import gzip
 import json
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from dnazen.data.shards import Corpus, build_corpus
-from dnazen.data.tokenizer import train_tokenizer
-from dnazen.ngram.extract import build_ngrams
-from dnazen.train.prepare import PACKAGED_GENOME
+from tests.genome import prepare_part
 
 
 class Prepared(NamedTuple):
@@ -34,18 +30,11 @@ class Prepared(NamedTuple):
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Prepared:
     folder = tmp_path_factory.mktemp("prepared")
-    with gzip.open(PACKAGED_GENOME, "rt") as file:
-        header, *lines = file.read().splitlines()
-    sequence = "".join(lines)[:300_000]
-    fasta = folder / "part.fa"
-    fasta.write_text(f"{header}\n{sequence}\n")
-    tokenizer = train_tokenizer([sequence], vocab_size=256)
-    build_corpus([fasta], tokenizer, folder / "corpus", max_tokens=126, validation_fraction=0.05)
-    build_ngrams(Corpus.open(folder / "corpus"), folder / "ngrams", min_pmi=0.7)
+    prepare_part(folder, num_bases=300_000, max_tokens=126)
     size = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
         "num_hidden_ngram_layers": 1, "hidden_dropout_prob": 0.0,
     }  # fmt: skip
     (folder / "model.json").write_text(json.dumps(size))
     (folder / "dropout.json").write_text(json.dumps({**size, "hidden_dropout_prob": 0.1}))
-    return Prepared(fasta, folder / "corpus", folder / "ngrams", folder / "model.json", folder / "dropout.json")
+    return Prepared(folder / "part.fa", folder / "corpus", folder / "ngrams", folder / "model.json", folder / "dropout.json")

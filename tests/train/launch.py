@@ -12,11 +12,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "dnazen" / "pretrain.py"
+SET_BY_US = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTORCH_ALLOC_CONF"}
 
 
 def environment() -> dict[str, str]:
-    """One thread per process, this interpreter's launchers first, nothing from an outer launcher."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    """One thread per process, this interpreter's launchers first, nothing that a launcher or command had set here."""
+    kept = {key: value for key, value in os.environ.items() if key not in SET_BY_US}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     return {**kept, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PATH": path}
 
@@ -53,6 +54,16 @@ def run(expect: int | None = 0, **arguments: Any) -> subprocess.CompletedProcess
     good = result.returncode != 0 if expect is None else result.returncode == expect
     assert good, f"{' '.join(line)}: exit status {result.returncode}\n{result.stdout[-6000:]}"
     return result
+
+
+def torchrun(script: Path, processes: int, *arguments: object, **variables: str) -> str:
+    """Output of one of the tests' own scripts on so many processes, which may import the tests."""
+    line = ["torchrun", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
+    line += map(str, (script, *arguments))
+    variables = {**environment(), "PYTHONPATH": str(ROOT), **variables}
+    result = subprocess.run(line, env=variables, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
 
 
 def run_until(path: Path, **arguments: Any) -> None:

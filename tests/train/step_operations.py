@@ -5,17 +5,13 @@ nothing.
 """
 
 import json
-from pathlib import Path
-from types import SimpleNamespace
 
 import deepspeed
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
-from dnazen.train.gradients import NormAtOnce
-
-CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+from tests.zero_engine import build_engine, take_norm_at_once
 
 
 class CountLaunches(TorchDispatchMode):
@@ -39,14 +35,10 @@ def count(stage: int, at_once: bool) -> int:
     model = DNAZenForMaskedLM(config)
     vectors, matrices = ([p for p in model.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (False, True))
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    settings = json.loads((CONFIGS / f"zero{stage}.json").read_text()) | {
-        "bf16": {"enabled": True}, "gradient_clipping": 1.0, "gradient_accumulation_steps": 1,
-        "train_micro_batch_size_per_gpu": 1, "train_batch_size": 1, "zero_allow_untested_optimizer": True,
-    }  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    engine = build_engine(model, optimizer, stage)
     if at_once:
-        NormAtOnce().on_train_begin(None, None, None, optimizer=SimpleNamespace(optimizer=engine.optimizer))
+        take_norm_at_once(engine)
     labels = torch.arange(5, 25)
     batch = {"input_ids": labels, "labels": labels, "cu_seqlens": torch.tensor([0, 20], dtype=torch.int32)}
     for _ in range(2):

@@ -1,17 +1,14 @@
 """Processes that would choose attention differently."""
 
 import json
-import subprocess
 
 import pytest
 
-from tests.train.launch import ROOT, environment, free_port
+from tests.train.launch import ROOT, torchrun
 
 
 def _choose(broken_rank, folder) -> list[dict]:
-    line = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    line += [ROOT / "tests" / "train" / "choose_attention.py", str(broken_rank), folder]
-    subprocess.run(line, env={**environment(), "PYTHONPATH": str(ROOT)}, check=True, timeout=300)
+    torchrun(ROOT / "tests" / "train" / "choose_attention.py", 2, broken_rank, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

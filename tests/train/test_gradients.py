@@ -12,30 +12,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.train.arguments import PretrainingArguments
 from dnazen.train.checkpoint import separate_steps
-from tests.train.launch import ROOT, command, environment
+from tests.train.launch import ROOT, environment, torchrun
 
 FOLDER = Path(__file__).parent
-
-
-def launch(script: str, processes: int) -> str:
-    """Output of a script of this folder on so many processes."""
-    line = ["torchrun", *command(processes=2, script=FOLDER / script)[1:]]
-    line[line.index("--nproc_per_node") + 1] = str(processes)
-    variables = {**environment(), "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(line, env=variables, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_gradient_that_is_not_finite_on_one_process_moves_no_weight(processes):
     """inf, NaN and -inf, ZeRO-1, 2 and 3, fp32 and bf16, with and without accumulation; good steps have DeepSpeed's norm."""
-    assert launch("zero_steps.py", processes).count("all as it should be") == processes
+    assert torchrun(FOLDER / "zero_steps.py", processes).count("all as it should be") == processes
 
 
 def test_operations_of_an_optimizer_step():
     """DeepSpeed's own search and norms take 15 for each of the model's tensors, under ZeRO-3 norms alone."""
-    line = next(line for line in launch("step_operations.py", 1).splitlines() if line.startswith("{"))
+    line = next(line for line in torchrun(FOLDER / "step_operations.py", 1).splitlines() if line.startswith("{"))
     counts = json.loads(line)
     assert all(counts[stage][0] <= 100 < 3000 < counts[stage][1] for stage in ("ZeRO-1", "ZeRO-2")), counts
     assert counts["ZeRO-3"][0] <= 400 < 700 < counts["ZeRO-3"][1], counts

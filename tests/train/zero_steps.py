@@ -3,34 +3,24 @@
 Fails where the norm is not DeepSpeed's own, where a step with a spoilt gradient moves a weight, or where a good one does not.
 """
 
-import json
 import math
-from pathlib import Path
-from types import SimpleNamespace
 
 import deepspeed
 import torch
 
-from dnazen.train.gradients import NormAtOnce
-
-CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+from tests.zero_engine import build_engine, take_norm_at_once
 
 
-def build_engine(stage: int, accumulation: int, bf16: bool, with_norm: bool = True) -> deepspeed.DeepSpeedEngine:
+def two_layers(stage: int, accumulation: int, bf16: bool, with_norm: bool = True) -> deepspeed.DeepSpeedEngine:
     """Two layers, one of them in a group of its own, by the configuration that is shipped."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "weight_decay": 0.0}]
-    config = json.loads((CONFIGS / f"zero{stage}.json").read_text())
     # several parts, and a matrix that is larger than one
-    config["zero_optimization"] |= {"reduce_bucket_size": 200, "compute_grad_norm": with_norm}
-    config |= {
-        "bf16": {"enabled": bf16}, "gradient_clipping": float(with_norm), "gradient_accumulation_steps": accumulation,
-        "train_micro_batch_size_per_gpu": 4, "train_batch_size": 4 * accumulation * torch.distributed.get_world_size(),
-        "zero_allow_untested_optimizer": True,
-    }  # fmt: skip
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=0.1), config=config)
-    return engine
+    return build_engine(
+        model, torch.optim.AdamW(groups, lr=0.1), stage, 4, accumulation, bf16, float(with_norm),
+        reduce_bucket_size=200, compute_grad_norm=with_norm,
+    )  # fmt: skip
 
 
 def step(engine: deepspeed.DeepSpeedEngine, seed: int, spoilt_by: float | None, on_this: bool) -> float:
@@ -56,11 +46,11 @@ def main() -> None:
     for stage in (1, 2, 3):
         for accumulation in (1, 2):
             for bf16 in (False, True):
-                engine = build_engine(stage, accumulation, bf16)
+                engine = two_layers(stage, accumulation, bf16)
                 zero = engine.optimizer
                 name = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
                 own, norms = getattr(zero, name), []
-                NormAtOnce().on_train_begin(None, None, None, optimizer=SimpleNamespace(optimizer=zero))
+                take_norm_at_once(engine)
                 ours = getattr(zero, name)
 
                 def both(own=own, ours=ours, norms=norms) -> object:
@@ -81,8 +71,8 @@ def main() -> None:
                     else:
                         assert norm == math.inf and not any(moved), f"{where}, step {seed}: norm {norm}, moved {moved}"
                 engine.destroy()
-    engine = build_engine(2, 1, bf16=True, with_norm=False)  # then the search is all there is
-    NormAtOnce().on_train_begin(None, None, None, optimizer=SimpleNamespace(optimizer=engine.optimizer))
+    engine = two_layers(2, 1, bf16=True, with_norm=False)  # then the search is all there is
+    take_norm_at_once(engine)
     before = [weight.detach().clone() for weight in engine.optimizer.single_partition_of_fp32_groups]
     step(engine, 0, math.inf, on_this=rank == last)
     assert all(map(torch.equal, before, engine.optimizer.single_partition_of_fp32_groups)), "no norm: weights moved"
