@@ -9,26 +9,31 @@ from pathlib import Path
 import pytest
 
 HEAVY = {"triton", "flash_attn", "deepspeed"}
-# layer of each package: a module may import its own layer and those listed
-ALLOWED = {
-    "dnazen_kernels": {"dnazen_kernels"},
-    "dnazen.layers": {"dnazen.layers", "dnazen_kernels"},
-    "dnazen.models": {"dnazen.models", "dnazen.layers", "dnazen.files", "dnazen_kernels"},
-    "dnazen.ngram": {"dnazen.ngram", "dnazen.data", "dnazen.files", "dnazen_kernels", "dnazen"},
-    "dnazen.data": {"dnazen.data", "dnazen.ngram", "dnazen.files", "dnazen_kernels", "dnazen"},
-    "dnazen.train": {
-        "dnazen.train", "dnazen.data", "dnazen.models", "dnazen.ngram", "dnazen.files", "dnazen_kernels", "dnazen",
-        "dnazen.environment",
-    },
-    "dnazen.inference": {
-        "dnazen.inference", "dnazen.train", "dnazen.data", "dnazen.models", "dnazen.ngram", "dnazen.files", "dnazen"
-    },
-    "dnazen.finetune": {
-        "dnazen.finetune", "dnazen.inference", "dnazen.train", "dnazen.data", "dnazen.models", "dnazen.ngram",
-        "dnazen.files", "dnazen", "dnazen.environment",
-    },
-    "dnazen.gue": {"dnazen.gue", "dnazen.finetune", "dnazen.train", "dnazen.files", "dnazen"},
-}  # fmt: skip
+# from the lowest room up: what each imports, and nothing else; every row names rooms above it alone, so no arrow runs back
+ARROWS = {
+    "dnazen_kernels": "",
+    "dnazen": "",  # the modules beside the rooms: files, dna, processes, environment; and the version
+    "dnazen.layers": "dnazen_kernels",
+    "dnazen.data": "dnazen",
+    "dnazen.ngram": "dnazen dnazen.data dnazen_kernels",
+    "dnazen.analysis": "dnazen dnazen.data dnazen.ngram dnazen_kernels",
+    "dnazen.models": "dnazen dnazen.data dnazen.ngram dnazen.layers dnazen_kernels",
+    "dnazen.batches": "dnazen dnazen.data dnazen.ngram dnazen_kernels",
+    "dnazen.evaluation": "dnazen dnazen.data dnazen.ngram dnazen.models dnazen.batches dnazen_kernels",
+    "dnazen.inference": "dnazen dnazen.data dnazen.ngram dnazen.models dnazen.batches dnazen.evaluation",
+    "dnazen.training": "dnazen dnazen.models",
+    "dnazen.pretraining": "dnazen dnazen.data dnazen.ngram dnazen.models dnazen.batches dnazen.evaluation dnazen.training "
+    "dnazen_kernels",
+    "dnazen.finetuning": "dnazen dnazen.data dnazen.ngram dnazen.models dnazen.batches dnazen.training",
+    "dnazen.gue": "dnazen dnazen.data dnazen.models dnazen.finetuning",
+    "dnazen.cli": None,  # all
+}
+
+
+def room(module: str, folders: set[str]) -> str:
+    """The package of a module, or `dnazen` for what lies beside the packages."""
+    parts = module.split(".")
+    return ".".join(parts[: 2 if ".".join(parts[:2]) in folders else 1])
 
 
 def modules(root: Path) -> list[tuple[str, Path]]:
@@ -56,28 +61,35 @@ def imports(path: Path) -> list[tuple[str, bool]]:
     return found
 
 
-def layer(module: str) -> str:
-    """`dnazen_kernels`, `dnazen`, or `dnazen.<package>`."""
-    parts = module.split(".")
-    return parts[0] if parts[0] == "dnazen_kernels" else ".".join(parts[:2])
-
-
-def test_imports_follow_the_layers(root):
-    edges = [(name, imported, path) for name, path in modules(root) for imported, _ in imports(path)]
-    assert any(imported.startswith("dnazen_kernels") for _, imported, _ in edges)
-    for name, imported, path in edges:
-        if imported.split(".")[0] not in ("dnazen", "dnazen_kernels", "benchmarks", "tests", "kernels"):
+def test_imports_run_one_way_through_the_rooms(root):
+    """Exactly the arrows that are listed: none more, none that is no longer needed."""
+    scripts = {"dnazen.pretrain", "dnazen.finetune"}  # above all rooms but `cli`
+    folders = {f"dnazen.{path.parent.name}" for path in (root / "dnazen").glob("*/__init__.py")}
+    found = {name: set() for name in folders | {"dnazen", "dnazen_kernels"}}
+    for name, path in modules(root):
+        if name in scripts:
             continue
-        own = layer(name)
-        if own in ALLOWED:
-            assert layer(imported) in ALLOWED[own], f"{path}: {own} must not import {imported}"
-        if own != "dnazen.cli":
-            assert layer(imported) not in ("dnazen.cli", "benchmarks", "tests", "kernels"), f"{path} imports {imported}"
+        for imported, _ in imports(path):
+            package = imported.split(".")[0]
+            assert package not in ("benchmarks", "tests", "kernels"), f"{path} imports {imported}"
+            assert imported not in scripts, f"{path} imports {imported}"
+            if package in ("dnazen", "dnazen_kernels"):
+                found[room(name, folders)].add(room(imported, folders))
+    rooms = list(ARROWS)
+    for index, (name, below) in enumerate(ARROWS.items()):
+        if below is not None:
+            assert set(below.split()) <= set(rooms[:index]), f"{name}: an arrow that runs back up"
+    allowed = {name: set(rooms if below is None else below.split()) for name, below in ARROWS.items()}
+    assert found.keys() == allowed.keys()
+    surplus = {name: found[name] - allowed[name] - {name} for name in rooms}
+    missing = {name: allowed[name] - found[name] for name in rooms if ARROWS[name] is not None}
+    assert not any(surplus.values()), surplus
+    assert not any(missing.values()), missing
 
 
 def test_layers_and_kernels_do_not_import_transformers(root):
     for name, path in modules(root):
-        if layer(name) in ("dnazen_kernels", "dnazen.layers"):
+        if name.startswith(("dnazen_kernels", "dnazen.layers")):
             assert not [imported for imported, _ in imports(path) if imported.split(".")[0] == "transformers"], path
 
 
