@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from dnazen.cli.main import main as dnazen
+from dnazen.data.corpus import Corpus
+from dnazen.ngram.vocab import load_ngrams
+from dnazen.pretraining.prepare import PACKAGED_GENOME
 from dnazen_kernels.ngram_masking import MaskedBatch, ngram_masking
 from dnazen_kernels.ngram_matching import NgramMatches, NgramTable, ngram_matching
 
-from dnazen.cli.main import main as dnazen
-from dnazen.data.shards import Corpus
-from dnazen.ngram.vocab import load_ngrams
-from dnazen.train.prepare import PACKAGED_GENOME
-
-CLS, SEP, MASK, FIRST_ORDINARY = 1, 2, 4, 5  # as in DNABERT-2's tokenizer and those that `dnazen tokenizer` trains
+CLS, SEP, MASK, FIRST_MASKABLE = 1, 2, 4, 5  # as in DNABERT-2's tokenizer and those that `dnazen tokenizer` trains
 MASKING = {"mlm_probability": 0.15, "mask_token_id": MASK}
 
 
@@ -88,9 +88,9 @@ def make_batch(genome: Genome, num_tokens: int) -> Batch:
     matches = ngram_matching(input_ids, cu_seqlens, table)
     masking = {
         **MASKING,
-        "ordinary": input_ids >= FIRST_ORDINARY,
+        "maskable": input_ids >= FIRST_MASKABLE,
         "random": torch.from_numpy(np.random.default_rng(0).random((len(input_ids), 3))),
-        "ordinary_ids": torch.arange(FIRST_ORDINARY, genome.vocab_size),
+        "maskable_ids": torch.arange(FIRST_MASKABLE, genome.vocab_size),
     }
     masked = ngram_masking(input_ids, **graph_of(matches), **masking).trimmed()
     return Batch(sequences, genome.vocabulary, input_ids, cu_seqlens, table, masking, matches, masked)

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dnazen_kernels.ngram_masking import ngram_masking
-from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
 
 from dnazen.cli.main import main
-from dnazen.data.shards import Corpus
+from dnazen.data.corpus import Corpus
 from dnazen.ngram.vocab import load_ngrams
-from tests.ops.oracles import mask_slowly, match_slowly
+from dnazen_kernels.ngram_masking import ngram_masking
+from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
+from tests.helpers.oracles import mask_slowly, match_slowly
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CLS, SEP, MASK, VOCAB_SIZE = 1, 2, 4, 4096
@@ -52,7 +52,9 @@ def make_up_corpus() -> tuple[list[list[int]], dict[tuple[int, ...], int]]:
     for _ in range(160):
         sequence: list[int] = []
         while len(sequence) < 410:
-            sequence += ngrams[rng.integers(len(ngrams))] if rng.random() < 0.075 else [int(rng.integers(5, VOCAB_SIZE))]
+            sequence += (
+                ngrams[rng.integers(len(ngrams))] if rng.random() < 0.075 else [int(rng.integers(5, VOCAB_SIZE))]
+            )
         sequences.append(sequence)
     return sequences, {ngram: ngram_id for ngram_id, ngram in enumerate(ngrams, 1)}
 
@@ -67,11 +69,11 @@ def test_matching_and_masking(benchmark, capsys, corpus, num_sequences, min_rati
     table = NgramTable.build(list(vocabulary), list(vocabulary.values()), VOCAB_SIZE)
     options = {
         "input_ids": tokens,
-        "ordinary": tokens >= 5,
+        "maskable": tokens >= 5,
         "random": torch.from_numpy(np.random.default_rng(1).random((len(tokens), 3))),
         "mlm_probability": 0.15,
         "mask_token_id": MASK,
-        "ordinary_ids": torch.arange(5, VOCAB_SIZE),
+        "maskable_ids": torch.arange(5, VOCAB_SIZE),
     }
     lists = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
 

@@ -22,7 +22,6 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 import torch
 import torch.nn.functional as F
-from dnazen_kernels.ngram_masking import IGNORE_INDEX
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx
@@ -42,8 +41,9 @@ from dnazen.layers.encoder import NgramLayer, TokenLayer
 from dnazen.layers.fusion import packed_add_norm
 from dnazen.layers.padding import PackedBatch
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
-from dnazen.train.arguments import RECIPES
-from dnazen.train.bench import training_flops
+from dnazen.pretraining.arguments import RECIPES
+from dnazen.pretraining.bench import training_flops
+from dnazen_kernels.ngram_masking import IGNORE_INDEX
 
 FLOPS, BANDWIDTH, DATASHEET_FLOPS = 790e12, 4.3e12, 990e12  # per second: measured, measured, and what MFU divides by
 SEQUENCE_LENGTH = 512
@@ -216,11 +216,17 @@ def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
         *(Part(row.name, 1, [Kernel(row.num_bytes), *[Kernel(0)] * (row.launches - 1)]) for row in integer_rows(batch)),
         Part("embeddings: tokens", 1, embeddings(model.bert.embeddings, num_tokens)),
         Part("embeddings: G-grams", 1, embeddings(model.bert.ngram_embeddings, num_ngrams)),
-        Part("E4BU: q, k, v", layers, projections(token_layer.attention.self, num_tokens)),
-        Part("E4BU: attention", layers, attention_kernels(lengths, hidden)),
-        Part("E4BU: attention's output", layers, residual_output(token_layer.attention.output, num_tokens)),
-        Part("E4BU: MLP", layers - fused, compiled_kernels(mlp, states(num_tokens), add_norm, None)),
-        Part("E4BU: MLP, then fusion", fused, compiled_kernels(mlp, states(num_tokens), add_norm, states(num_ngrams))),
+        Part("the token encoder: q, k, v", layers, projections(token_layer.attention.self, num_tokens)),
+        Part("the token encoder: attention", layers, attention_kernels(lengths, hidden)),
+        Part(
+            "the token encoder: attention's output", layers, residual_output(token_layer.attention.output, num_tokens)
+        ),
+        Part("the token encoder: MLP", layers - fused, compiled_kernels(mlp, states(num_tokens), add_norm, None)),
+        Part(
+            "the token encoder: MLP, then fusion",
+            fused,
+            compiled_kernels(mlp, states(num_tokens), add_norm, states(num_ngrams)),
+        ),
         Part("G-grams: q, k, v", fused, projections(ngram_layer.attention.self, num_ngrams)),
         Part("G-grams: attention", fused, attention_kernels(ngram_lengths, hidden)),
         Part("G-grams: attention's output", fused, residual_output(ngram_layer.attention.output, num_ngrams)),

@@ -34,8 +34,8 @@ from benchmarks.gpu_page import READERS, installed, page
 from benchmarks.yeast import ROOT, commit
 from dnazen.data.fasta import read_fasta
 from dnazen.files import InputError, write_json
-from dnazen.train.prepare import PACKAGED_GENOME
-from tests.train.launch import environment, free_port
+from dnazen.pretraining.prepare import PACKAGED_GENOME
+from tests.helpers.launch import environment, free_port
 
 # back-ends of attention, and the package that one needs
 BACKENDS = {
@@ -101,7 +101,8 @@ def plan(dry: bool) -> list[Step]:
             f"--model tiny --max_steps {steps} --logging_steps {1 if dry else 20} "
             f"--gradient_accumulation_steps {2 // processes} --disable_tqdm True --output_dir {folder} "
             "--lr_scheduler_type constant_with_warmup --warmup_steps 10 --eval_strategy no --save_steps 1000"
-            + " --max_batch_tokens 512" * dry
+            + " --max_batch_tokens 512"
+            * dry
         )
         return Step(name, line, 180, "training", folder, **fields)
 
@@ -139,9 +140,9 @@ def plan(dry: bool) -> list[Step]:
              "predictions.json", "G-grams"),
         Step("doctor", dnazen + "doctor", 180, "doctor"),
         test("operators", "tests/ops/test_runtime.py" if dry else "tests/ops", left_out=""),
-        test("batches", "tests/data/test_device.py", 180),
+        test("batches", "tests/batches/test_device.py", 180),
         test("the model", "tests/model"),
-        test("training", "tests/train/test_gpu.py"),
+        test("training", "tests/pretraining/test_gpu.py"),
         train("pretraining ZeRO-2", 2, 300),
         train("pretraining ZeRO-2, resumed", 2, 400, folder="pretraining-zero-2", after="pretraining ZeRO-2"),
         train("pretraining ZeRO-1", 1, 60, left_out=as_zero_2),
@@ -152,7 +153,7 @@ def plan(dry: bool) -> list[Step]:
         *(time_training(name, flags, "sdpa" if dry else "flex_attention", left_out=as_zero_2 * (name != "bench ZeRO-2"))
           for name, flags in TRAININGS.items()),
         *(attend(name, package) for name, package in BACKENDS.items()),
-        test("attention with flash-attn-4", "tests/model/test_attention.py", **flash_4),
+        test("attention with flash-attn-4", "tests/models/test_attention.py", **flash_4),
         time_training("bench with flash-attn-4, and the reference", "--impl reference {fastest}", "flash_attention_4",
                       420, **flash_4),
         *(operate(op, "fwdbwd", limit=420) for op in fusions),

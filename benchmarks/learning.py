@@ -23,13 +23,13 @@ from transformers import set_seed
 
 from benchmarks import lever as unflagged
 from benchmarks.yeast import BIN, ROOT, call, commit, pretrain, processor
-from dnazen.data.shards import Corpus
+from dnazen.data.corpus import Corpus
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.models.configuration_dnazen import SIZES
 from dnazen.ngram.vocab import load_ngrams
-from dnazen.train.arguments import RECIPES
-from dnazen.train.prepare import PACKAGED_GENOME
-from dnazen.train.start import start_from_data
+from dnazen.pretraining.arguments import RECIPES
+from dnazen.pretraining.prepare import PACKAGED_GENOME
+from dnazen.pretraining.start import start_from_data
 
 TOKENS = 1_090_000
 PAPER = {**RECIPES["base"]._asdict(), "max_batch_tokens": 2048}
@@ -131,7 +131,17 @@ def main() -> None:
             script = "dnazen/pretrain.py"
             if name in unflagged.LEVERS:
                 script, flags["lever"] = "benchmarks/lever.py", name
-            pretrain(launcher, data / "corpus", data / "ngrams", folder, script, model=model, seed=seed, eval_steps=250, **flags)
+            pretrain(
+                launcher,
+                data / "corpus",
+                data / "ngrams",
+                folder,
+                script,
+                model=model,
+                seed=seed,
+                eval_steps=250,
+                **flags,
+            )
         report = json.loads((folder / "report.json").read_text())
         scores = report["held_out"]["scores"]
         return {

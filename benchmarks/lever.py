@@ -1,6 +1,6 @@
 """`dnazen/pretrain.py` with one thing changed that no flag changes, for `benchmarks/learning.py`.
 
-    deepspeed benchmarks/lever.py --lever "growing batches" [flags of dnazen/pretrain.py]
+deepspeed benchmarks/lever.py --lever "growing batches" [flags of dnazen/pretrain.py]
 """
 
 import functools
@@ -13,10 +13,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-import dnazen.train.run as run  # noqa: E402
-from dnazen.data.sampler import MicroBatchSampler, epoch_order, pack_by_budget  # noqa: E402
-from dnazen.train.script import exit_process  # noqa: E402
-from dnazen.train.trainer import PretrainingTrainer  # noqa: E402
+import dnazen.pretraining.run as run  # noqa: E402
+from dnazen.batches.sampler import MicroBatchSampler, epoch_order, pack_by_budget  # noqa: E402
+from dnazen.pretraining.trainer import PretrainingTrainer  # noqa: E402
+from dnazen.training.script import exit_process  # noqa: E402
 
 
 def grow_batches() -> None:

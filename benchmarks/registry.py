@@ -9,15 +9,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from dnazen_kernels.ngram_fusion import ngram_fusion, residual_layer_norm
-from dnazen_kernels.ngram_fusion.reference import ngram_fusion_dense, residual_layer_norm_eager
-from dnazen_kernels.ngram_masking import ngram_masking
-from dnazen_kernels.ngram_matching import ngram_matching
 from torch import Tensor
 
 from benchmarks.batches import Batch, graph_of
 from dnazen.layers.padding import PackedBatch, PaddedLayout, dense_matching_matrix
-from tests.ops.oracles import mask_slowly, match_slowly
+from dnazen_kernels.ngram_fusion import ngram_fusion, residual_layer_norm
+from dnazen_kernels.ngram_fusion.reference import ngram_fusion_dense, residual_layer_norm_eager
+from dnazen_kernels.ngram_masking import ngram_masking
+from dnazen_kernels.ngram_matching import ngram_matching
+from tests.helpers.oracles import mask_slowly, match_slowly
 
 MODES = ("fwd", "bwd", "fwdbwd")
 EPS = 1e-12
@@ -37,7 +37,7 @@ class Sizes:
     num_covered: int  # tokens with at least one edge
     hidden_size: int = 0
     itemsize: int = 0  # bytes of an element of the states
-    num_ordinary_ids: int = 0
+    num_maskable_ids: int = 0
 
     @property
     def csr_by_token(self) -> int:
@@ -102,9 +102,7 @@ def fusion_inputs(batch: Batch, hidden_size: int, dtype: torch.dtype, device: to
     cu_seqlens, ngram_cu_seqlens = batch.cu_seqlens.to(device), graph["ngram_cu_seqlens"]
     max_seqlen, max_ngrams = int(cu_seqlens.diff().max()), int(ngram_cu_seqlens.diff().max())
     num_tokens, num_ngrams = len(batch.input_ids), len(graph["ngram_input_ids"])
-    packed = PackedBatch(
-        batch.masked.input_ids.to(device), cu_seqlens, max_seqlen, max_ngrams=max_ngrams, **graph
-    )
+    packed = PackedBatch(batch.masked.input_ids.to(device), cu_seqlens, max_seqlen, max_ngrams=max_ngrams, **graph)
     tokens = PaddedLayout.from_cu_seqlens(cu_seqlens, max_seqlen, num_tokens)
     ngrams = PaddedLayout.from_cu_seqlens(ngram_cu_seqlens, max_ngrams, num_ngrams)
     rows = (num_tokens, num_tokens, None, None, num_ngrams, num_tokens)  # None: a vector
@@ -116,9 +114,7 @@ def fusion_inputs(batch: Batch, hidden_size: int, dtype: torch.dtype, device: to
     ]
     csr = tuple(graph[name] for name in ("token_offsets", "token_ngrams", "ngram_offsets", "ngram_tokens"))
     num_covered = int((graph["token_offsets"].diff() > 0).sum())
-    sizes = Sizes(
-        num_tokens, len(batch.sequences), num_ngrams, len(csr[1]), num_covered, hidden_size, dtype.itemsize
-    )
+    sizes = Sizes(num_tokens, len(batch.sequences), num_ngrams, len(csr[1]), num_covered, hidden_size, dtype.itemsize)
     matrix = dense_matching_matrix(packed, tokens, ngrams)
     return FusionInputs(*states, csr, tokens, ngrams, matrix, sizes)
 
@@ -217,7 +213,7 @@ def integer_inputs(batch: Batch, hidden_size: int, dtype: torch.dtype, device: t
     graph, masking = graph_of(batch.matches), move(batch.masking)
     sizes = Sizes(
         len(batch.input_ids), len(batch.sequences), len(graph["ngram_input_ids"]), len(graph["token_ngrams"]),
-        int((graph["token_offsets"].diff() > 0).sum()), num_ordinary_ids=len(masking["ordinary_ids"]),
+        int((graph["token_offsets"].diff() > 0).sum()), num_maskable_ids=len(masking["maskable_ids"]),
     )  # fmt: skip
     return IntegerInputs(batch, batch.input_ids.to(device), batch.cu_seqlens.to(device), move(graph), masking, sizes)
 
@@ -304,8 +300,8 @@ def matching_bytes(sizes: Sizes) -> int:
 
 
 def masking_bytes(sizes: Sizes) -> int:
-    """Read tokens, which are ordinary, 3 fp64 for each, the graph and the ordinary ids; write tokens, labels, graph."""
-    return (8 + 1 + 24 + 16) * sizes.num_tokens + 2 * sizes.graph + 8 * sizes.num_ordinary_ids + 8
+    """Read tokens, which are maskable, 3 fp64 for each, the graph and the maskable ids; write tokens, labels, graph."""
+    return (8 + 1 + 24 + 16) * sizes.num_tokens + 2 * sizes.graph + 8 * sizes.num_maskable_ids + 8
 
 
 _STATES = {"hidden_sizes": (768, 1536), "dtypes": (torch.float32, torch.bfloat16)}

@@ -49,7 +49,9 @@ def pretrain(
     """One run of the entry point under ZeRO-2; returns its seconds."""
     flags = [word for name, value in arguments.items() for word in (f"--{name}", value)]
     line = [*launcher, ROOT / script, "--deepspeed", ROOT / "ds_configs/zero2.json"]
-    return call(*line, "--corpus", corpus, "--ngrams", ngrams, "--output_dir", output_dir, "--disable_tqdm", True, *flags)
+    return call(
+        *line, "--corpus", corpus, "--ngrams", ngrams, "--output_dir", output_dir, "--disable_tqdm", True, *flags
+    )
 
 
 def commit() -> str:
@@ -103,7 +105,16 @@ def main() -> None:
         port, variant, seed = job
         launcher = [BIN / "deepspeed", "--num_gpus", 1, "--master_port", 29700 + port]
         folder = held / f"{variant}-{seed}"
-        pretrain(launcher, held / "corpus", held / "ngrams", folder, seed=seed, max_steps=900, eval_steps=300, **VARIANTS[variant])
+        pretrain(
+            launcher,
+            held / "corpus",
+            held / "ngrams",
+            folder,
+            seed=seed,
+            max_steps=900,
+            eval_steps=300,
+            **VARIANTS[variant],
+        )
 
     jobs = [(port, *job) for port, job in enumerate((variant, seed) for seed in SEEDS for variant in VARIANTS)]
     with ThreadPoolExecutor(2) as pool:

@@ -1,6 +1,7 @@
 """Files that are either whole or absent, and the error that names what is wrong with one."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -10,7 +11,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -122,6 +123,33 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Rename `temporary` to `final`; what stood at `final` goes away only once it is replaced."""
+    old = final.parent / f".{final.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(temporary, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def lock_run(output_dir: Path) -> IO[str]:
+    """Claim a run's folder until the returned file is closed or the process ends.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    file = open(output_dir / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"{output_dir}: another run is writing there; wait for its end, or use another --output_dir"
+        ) from error
+    return file
 
 
 def _temporary_beside(path: Path) -> tuple[Path, list[Path]]:

@@ -13,8 +13,8 @@ from dnazen.environment import grow_memory_segments  # noqa: E402
 
 grow_memory_segments()
 
-from dnazen.finetune.run import main  # noqa: E402
-from dnazen.train.script import exit_process  # noqa: E402
+from dnazen.finetuning.run import main  # noqa: E402
+from dnazen.training.script import exit_process  # noqa: E402
 
 if __name__ == "__main__":
     exit_process(main())

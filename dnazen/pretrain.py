@@ -14,8 +14,8 @@ from dnazen.environment import grow_memory_segments  # noqa: E402
 
 grow_memory_segments()
 
-from dnazen.train.run import main  # noqa: E402
-from dnazen.train.script import exit_process  # noqa: E402
+from dnazen.pretraining.run import main  # noqa: E402
+from dnazen.training.script import exit_process  # noqa: E402
 
 if __name__ == "__main__":
     exit_process(main())

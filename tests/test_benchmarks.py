@@ -13,8 +13,6 @@ import time
 import psutil
 import pytest
 import torch
-from dnazen_kernels.ngram_fusion import triton_impl as fusion_kernels
-from dnazen_kernels.ngram_masking import ngram_masking
 from transformers import HfArgumentParser
 
 from benchmarks import attention, budget, carry, gpu, gpu_page, registry, rehearsal, roofline, run
@@ -24,8 +22,10 @@ from dnazen.cli.main import _make_parser
 from dnazen.files import InputError
 from dnazen.layers.attention import BACKENDS
 from dnazen.models import DNAZenConfig
-from dnazen.train.arguments import DataArguments, PretrainingArguments
-from tests.train.launch import torchrun
+from dnazen.pretraining.arguments import DataArguments, PretrainingArguments
+from dnazen_kernels.ngram_fusion import triton_impl as fusion_kernels
+from dnazen_kernels.ngram_masking import ngram_masking
+from tests.helpers.launch import PROGRAMS, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_all_implementations_agree(name, batch, device, monkeypatch):
 def test_a_batch_is_counted_by_hand(batch):
     """Matches: 7 8 (twice), 8 9 7, 11 12 in the first sequence; none in the second; 11 12 (twice), 7 8 in the third."""
     inputs = registry.integer_inputs(batch, 0, torch.int64, torch.device("cpu"))
-    assert inputs.sizes == Sizes(28, 3, 5, 4 + 3 + 2 + 4 + 2, 5 + 2 + 6, num_ordinary_ids=11)
+    assert inputs.sizes == Sizes(28, 3, 5, 4 + 3 + 2 + 4 + 2, 5 + 2 + 6, num_maskable_ids=11)
     assert batch.cu_seqlens.tolist() == [0, 12, 19, 28]
     state = registry.fusion_inputs(batch, 24, torch.bfloat16, torch.device("cpu"))
     assert state.sizes == Sizes(28, 3, 5, 15, 13, hidden_size=24, itemsize=2)
@@ -93,13 +93,13 @@ HAND = {  # T=10, B=2, N=3, E=7, C=5 covered, H=4, 2 bytes an element
     ("residual_layer_norm", "bwd"): 3 * 80 + 8 + 2 * 10 * 4 + 44 + 80 + 2 * 8 + 24,
     # tokens, sequences, prefilter, table; ids, sequences, two views, counts
     ("ngram_matching", "fwd"): 80 + 12 + 10 + 3 * 16 + (24 + 12 + 72 + 44 + 16),
-    # tokens, ordinary, random, graph, ordinary ids; tokens, labels, graph, counts
+    # tokens, maskable, random, graph, maskable ids; tokens, labels, graph, counts
     ("ngram_masking", "fwd"): 80 + 10 + 240 + (24 + 12 + 72 + 44) + 6 * 8 + 80 + 80 + (24 + 12 + 72 + 44) + 8,
 }
 
 
 def test_bytes_by_hand():
-    sizes = Sizes(10, 2, 3, 7, 5, hidden_size=4, itemsize=2, num_ordinary_ids=6)
+    sizes = Sizes(10, 2, 3, 7, 5, hidden_size=4, itemsize=2, num_maskable_ids=6)
     for (name, mode), expected in HAND.items():
         assert OPERATORS[name].num_bytes[mode](sizes) == expected, (name, mode)
     for name in ("ngram_fusion", "residual_layer_norm"):
@@ -237,7 +237,7 @@ def test_the_budget_of_a_step_holds_all_that_is_owed(batch, device):
 
 def test_the_budget_of_the_optimizer_is_what_deepspeed_moves(root):
     """Counted in a step under ZeRO-2 on one process: parameters that share a bucket, and ones larger than it."""
-    output = torchrun(root / "tests" / "step_traffic.py", 1, **gpu.ON_CPU)
+    output = torchrun(PROGRAMS / "step_traffic.py", 1, **gpu.ON_CPU)
     found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     assert found["ZeRO-2"] == pytest.approx(budget.OPTIMIZER_BYTES, abs=0.1)  # states of one number beside the tensors
     assert found["ZeRO-2, large"] == pytest.approx(budget.OPTIMIZER_BYTES_IF_LARGE, abs=0.1)
@@ -502,7 +502,9 @@ def test_the_plan_runs_dry(tmp_path, monkeypatch, capsys):
     # bf16: weights are rounded to 2^-9 of themselves in each of 4 steps, and a loss is a mean over many tokens
     assert float(moved[1]) == pytest.approx(float(moved[2]), rel=4 * 2**-9)
     assert "| attention sdpa | tokens, largest error | at most" in page and "agrees" in page
-    assert "| most expensive operators | times a step | ms a step |" in page and "| E4BU: attention |" in page
+    assert (
+        "| most expensive operators | times a step | ms a step |" in page and "| the token encoder: attention |" in page
+    )
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()}
     assert gpu.main() == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").iterdir()} == before

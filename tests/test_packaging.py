@@ -25,7 +25,7 @@ ARROWS = {
     "dnazen.pretraining": "dnazen dnazen.data dnazen.ngram dnazen.models dnazen.batches dnazen.evaluation dnazen.training "
     "dnazen_kernels",
     "dnazen.finetuning": "dnazen dnazen.data dnazen.ngram dnazen.models dnazen.batches dnazen.training",
-    "dnazen.gue": "dnazen dnazen.data dnazen.models dnazen.finetuning",
+    "dnazen.gue": "dnazen dnazen.models dnazen.finetuning",
     "dnazen.cli": None,  # all
 }
 

@@ -11,10 +11,10 @@ import pytest
 
 from dnazen.data.fasta import read_fasta
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer
-from dnazen.train.prepare import PACKAGED_GENOME
-from tests.finetune.conftest import motif_row, write_splits
-from tests.model.published import write_dnabert2
-from tests.train.launch import environment, free_port
+from dnazen.pretraining.prepare import PACKAGED_GENOME
+from tests.finetuning.conftest import motif_row, write_splits
+from tests.helpers.launch import environment, free_port
+from tests.helpers.published import write_dnabert2
 
 # a few steps are enough to see that a command runs; what a reader would wait for is measured elsewhere
 SHORT = ["--max_steps", "2", "--eval_steps", "2", "--disable_tqdm", "True", "--max_batch_tokens", "1024"]

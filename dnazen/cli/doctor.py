@@ -10,12 +10,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from dnazen_kernels.ngram_fusion import residual_layer_norm
-from dnazen_kernels.ngram_masking import ngram_masking
-from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
 from torch import Tensor
 
 from dnazen.layers.attention import select_attention
+from dnazen_kernels.ngram_fusion import residual_layer_norm
+from dnazen_kernels.ngram_masking import ngram_masking
+from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
 
 PACKAGES = (
     "dnazen", "torch", "triton", "deepspeed", "transformers", "tokenizers", "accelerate", "numpy", "flash-attn",
@@ -26,7 +26,11 @@ PACKAGES = (
 def examine() -> Iterator[tuple[str, str, bool]]:
     """What was looked at, what was found, and whether that is in order; one after the other, as each is known."""
     memory = psutil.virtual_memory().total / 2**30
-    yield "system", f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} cores, {memory:.0f} GiB", True
+    yield (
+        "system",
+        f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} cores, {memory:.0f} GiB",
+        True,
+    )
     for name in PACKAGES:
         yield name, _version(name), True
     if not torch.cuda.is_available():
@@ -94,9 +98,9 @@ def _graph(device: torch.device) -> dict[str, Tensor]:
 
 def _masking(device: torch.device, impl: str) -> list[Tensor]:
     random = torch.rand(400, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
-    ordinary, ids = torch.ones(400, dtype=torch.bool, device=device), torch.arange(5, 32, device=device)
-    arguments = {"mlm_probability": 0.15, "mask_token_id": 4, "ordinary_ids": ids, "impl": impl}
-    return list(ngram_masking(ordinary=ordinary, random=random, **_graph(device), **arguments))
+    maskable, ids = torch.ones(400, dtype=torch.bool, device=device), torch.arange(5, 32, device=device)
+    arguments = {"mlm_probability": 0.15, "mask_token_id": 4, "maskable_ids": ids, "impl": impl}
+    return list(ngram_masking(maskable=maskable, random=random, **_graph(device), **arguments))
 
 
 def _fusion(device: torch.device, impl: str) -> list[Tensor]:

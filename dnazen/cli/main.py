@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dnazen import __version__
-from dnazen.data import shards
+from dnazen.analysis import motifs, stats
+from dnazen.data.corpus import Corpus, build_corpus, summarize
 from dnazen.data.tokenizer import build_tokenizer, load_tokenizer
 from dnazen.files import InputError
-from dnazen.ngram import extract, motifs, parts, stats
+from dnazen.ngram import extract, parts
 from dnazen.ngram.group import join_group
 
 _NGRAM_OPTIONS = {
@@ -73,7 +74,9 @@ def _make_parser() -> argparse.ArgumentParser:
         text = "FASTA, or CSV with a column `sequence`, plain or compressed"
         command.add_argument("--input", required=True, metavar="FILE", help=text)
         command.add_argument("--window", type=int, default=2040, help="bases read at once (%(default)s)")
-        command.add_argument("--stride", type=int, default=1020, help="bases between their starts at most (%(default)s)")
+        command.add_argument(
+            "--stride", type=int, default=1020, help="bases between their starts at most (%(default)s)"
+        )
         command.add_argument("--max-batch-tokens", type=int, default=8192, help="of a batch; same result (%(default)s)")
 
     def add_ngram_options(command: argparse.ArgumentParser, *names: str) -> None:
@@ -143,7 +146,9 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--seconds", type=float, default=30.0, help="of each, after a warm-up (%(default)s)")
     command.add_argument("--max-batch-tokens", type=int, help="tokens of a micro-batch (by model size)")
     command.add_argument("--precision", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU")
-    command.add_argument("--deepspeed", metavar="JSON", help="run under DeepSpeed with this configuration, as pretraining")
+    command.add_argument(
+        "--deepspeed", metavar="JSON", help="run under DeepSpeed with this configuration, as pretraining"
+    )
     command.add_argument("--torch-compile", action="store_true", help="compile layers, but not those of the reference")
     command.add_argument("--attn-implementation", metavar="NAME", help="attention by name (the best that runs)")
     command.add_argument("--profile", action="store_true", help="profile some steps more: costly kernels, idle GPU")
@@ -190,10 +195,17 @@ def _make_parser() -> argparse.ArgumentParser:
     text = "fine-tune and test models on GUE, and report; run again, it goes on"
     command = subparsers.add_parser("gue", help=text, description=text)
     command.set_defaults(run=_gue)
-    command.add_argument("--output-dir", required=True, metavar="DIR", help="for report and jobs; may hold earlier ones")
+    command.add_argument(
+        "--output-dir", required=True, metavar="DIR", help="for report and jobs; may hold earlier ones"
+    )
     command.add_argument("--data", required=True, metavar="DIR", help="GUE: prom/prom_core_tata/train.csv, ...")
     command.add_argument(
-        "--model", nargs="+", required=True, dest="models", metavar="DIR", help="models to compare; kmer-lr: the baseline"
+        "--model",
+        nargs="+",
+        required=True,
+        dest="models",
+        metavar="DIR",
+        help="models to compare; kmer-lr: the baseline",
     )
     command.add_argument("--seeds", type=int, default=3, help="trainings of each model on each task (%(default)s)")
     command.add_argument("--tasks", type=lambda text: text.split(","), metavar="NAME,...", help="some data sets (all)")
@@ -235,7 +247,7 @@ def _corpus(
 ) -> None:
     _refuse_several("corpus")
     paths = fasta or _read_list(fasta_list)
-    print(shards.summarize(shards.build_corpus(paths, load_tokenizer(tokenizer), output_dir, **parameters)))
+    print(summarize(build_corpus(paths, load_tokenizer(tokenizer), output_dir, **parameters)))
 
 
 def _read_list(path: str) -> list[str]:
@@ -250,7 +262,7 @@ def _ngrams(corpus: str, output_dir: str, **parameters: Any) -> None:
     with join_group() as group:
         with group.together():
             # every machine looks at its files once
-            opened = shards.Corpus.open(corpus, verify=int(os.environ.get("LOCAL_RANK", 0)) == 0)
+            opened = Corpus.open(corpus, verify=int(os.environ.get("LOCAL_RANK", 0)) == 0)
         manifest = extract.build_ngrams(opened, output_dir, group, **parameters)
     if manifest:
         _print_ngrams(manifest, output_dir)
@@ -258,7 +270,7 @@ def _ngrams(corpus: str, output_dir: str, **parameters: Any) -> None:
 
 def _ngrams_count(corpus: str, output_dir: str, **parameters: Any) -> None:
     _refuse_several("ngrams count")
-    print(parts.summarize(parts.build_counts(shards.Corpus.open(corpus), output_dir, **parameters)))
+    print(parts.summarize(parts.build_counts(Corpus.open(corpus), output_dir, **parameters)))
 
 
 def _read_shard(text: str) -> tuple[int, int]:
@@ -290,7 +302,7 @@ def _ngrams_motifs(**parameters: Any) -> None:
 
 
 def _bench(corpus: str, ngrams: str, output_dir: str, **parameters: Any) -> None:
-    from dnazen.train.bench import bench, format_bench  # the models take seconds to import
+    from dnazen.pretraining.bench import bench, format_bench  # the models take seconds to import
 
     print(format_bench(bench(corpus, ngrams, output_dir, **parameters)))
 
@@ -303,7 +315,7 @@ def _evaluate(**parameters: Any) -> None:
 
 
 def _export(model: str, output_dir: str) -> None:
-    from dnazen.train.export import export_model  # the models take seconds to import
+    from dnazen.models.export import export_model  # the models take seconds to import
 
     print(f"parameters  {export_model(model, output_dir):,}, in fp32, under their published names")
 
@@ -336,7 +348,7 @@ def _variants(**parameters: Any) -> None:
 
 
 def _predict(output_dir: str, **parameters: Any) -> None:
-    from dnazen.finetune.predict import predict  # the models take seconds to import
+    from dnazen.finetuning.predict import predict  # the models take seconds to import
 
     num_rows, metrics = predict(output_dir=output_dir, **parameters)
     print(f"rows        {num_rows:,}")

@@ -11,8 +11,8 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from dnazen.files import InputError, write_json
-from dnazen.finetune.data import PREDICTIONS_FILE, REPORT_FILE, read_splits
-from dnazen.finetune.tasks import CLASSIFICATION, Task, mcc
+from dnazen.finetuning.data import PREDICTIONS_FILE, REPORT_FILE, read_splits
+from dnazen.finetuning.tasks import CLASSIFICATION, Task, mcc
 
 NAME = "kmer-lr"
 KS, STRENGTHS = (3, 4, 5, 6, 7), (0.001, 0.01, 0.1, 1.0)

@@ -19,14 +19,13 @@ from typing import IO, Any, NamedTuple
 import torch
 
 import dnazen
-from dnazen.files import InputError, read_json, sha256_file, write_json
-from dnazen.finetune.data import REPORT_FILE, Overlap, count_overlaps, find_splits, read_table
-from dnazen.finetune.model import checksum_weights, list_weights
+from dnazen.files import InputError, lock_run, read_json, sha256_file, write_json
+from dnazen.finetuning.data import REPORT_FILE, Overlap, count_overlaps, find_splits, read_table
+from dnazen.finetuning.model import checksum_weights, list_weights
 from dnazen.gue import kmer
 from dnazen.gue.protocol import LEARNING_RATE, PROTOCOLS, SEQUENCES_PER_STEP, choose_datasets
 from dnazen.gue.report import describe_data, write_report
-from dnazen.train.checkpoint import lock_run
-from dnazen.train.source import fetch_model
+from dnazen.models.hub import fetch_model
 
 logger = logging.getLogger(__name__)
 

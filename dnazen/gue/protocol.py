@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dnazen.files import InputError
-from dnazen.finetune.data import SPLITS, find_splits
+from dnazen.finetuning.data import SPLITS, find_splits
 from dnazen.gue.paper import DATASETS
 
 LEARNING_RATE = 3e-5

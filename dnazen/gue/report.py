@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dnazen.finetune.data import PREDICTIONS_FILE, REPORT_FILE, SPLITS, Overlap, describe_overlap
-from dnazen.finetune.tasks import mcc
+from dnazen.finetuning.data import PREDICTIONS_FILE, REPORT_FILE, SPLITS, Overlap, describe_overlap
+from dnazen.finetuning.tasks import mcc
 from dnazen.gue.paper import AVERAGE_NGRAMS, DATASETS, TABLES, mcc_of
 
 # the paper's models that stand beside ours, and the table each is from

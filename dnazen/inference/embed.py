@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
+from dnazen.batches.streaming import MAX_BATCH_TOKENS, run_batches
+from dnazen.data.corpus import npy_header
 from dnazen.data.fasta import reverse_complement
 from dnazen.data.sequences import read_blocks
-from dnazen.data.shards import npy_header
 from dnazen.files import InputError, atomic_file
-from dnazen.inference.batches import MAX_BATCH_TOKENS, run_batches
 from dnazen.inference.loading import InferenceModel, load_for_inference
 from dnazen.inference.windows import WINDOW_BASES, Window, check_window, cut_windows
 from dnazen.models import DNAZenModel
@@ -67,7 +67,7 @@ def embed(
         input: FASTA, or CSV with a column `sequence` (`read_blocks`).
         output: .npy (a table of what each row stands for is written beside it, in .tsv), .parquet or .h5.
         pooling: one of `POOLINGS`.
-        layer: E4BU's states after so many layers, 0 for the embeddings; None for the last.
+        layer: the token encoder's states after so many layers, 0 for the embeddings; None for the last.
         both_strands: average the vectors of each stretch and of its reverse complement; those of a record and of its
             reverse complement are then the same, but for rounding, as the windows are symmetric.
         window, stride: in bases; windows begin at most `stride` after the last.
@@ -170,16 +170,16 @@ def _counted(
             bases = 0
         else:
             counts["windows"] += 1
-            counts["bases"] += window.own_end - window.own_start
-            bases += window.own_end - window.own_start
-            progress.update(window.own_end - window.own_start)
+            counts["bases"] += window.core_end - window.core_start
+            bases += window.core_end - window.core_start
+            progress.update(window.core_end - window.core_start)
         yield window, strands, states
 
 
 def _own(window: Window, strand: _Strand) -> np.ndarray:
     """Which tokens begin, on their strand, among the window's own bases, `[n]` bool."""
     begins = strand.spans[:, 1] - 1 if strand.is_reverse else strand.spans[:, 0]
-    return (begins >= window.own_start) & (begins < window.own_end)
+    return (begins >= window.core_start) & (begins < window.core_end)
 
 
 def _pooled(
@@ -217,7 +217,7 @@ def _unpooled(
             own = _own(window, strands[0])
             spans, vectors = strands[0].spans[own], states[0][1:][own]
         else:
-            starts = np.arange(window.own_start, window.own_end)
+            starts = np.arange(window.core_start, window.core_end)
             spans = np.stack([starts, starts + 1], axis=1)
             of_strands = []
             for strand, of_strand in zip(strands, states):

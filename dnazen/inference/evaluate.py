@@ -3,17 +3,15 @@
 import tempfile
 from pathlib import Path
 
-from dnazen.data.shards import Corpus, build_corpus
+from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.tokenizer import tokenizer_checksum
+from dnazen.evaluation.held_out import Evaluation, evaluate_split, evaluation_record
 from dnazen.files import InputError, atomic_directory, write_json
 from dnazen.inference.loading import load_for_inference
 from dnazen.models import DNAZenForMaskedLM
-from dnazen.train.evaluation import Evaluation, evaluate_split, evaluation_record
 
 
-def evaluate(
-    model: str, corpus: str, output_dir: str | Path, fasta: list[str] | None = None
-) -> tuple[Evaluation, str]:
+def evaluate(model: str, corpus: str, output_dir: str | Path, fasta: list[str] | None = None) -> tuple[Evaluation, str]:
     """Evaluate a trained model on what its corpus holds out, or on other genomes; write `evaluation.json`.
 
     Args:

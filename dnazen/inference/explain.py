@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from dnazen.batches.streaming import MAX_BATCH_TOKENS, run_batches
 from dnazen.data.sequences import read_blocks
 from dnazen.files import InputError, atomic_directory
-from dnazen.inference.batches import MAX_BATCH_TOKENS, run_batches
 from dnazen.inference.loading import load_for_inference
 from dnazen.inference.windows import WINDOW_BASES, Window, check_window, cut_windows
 from dnazen.models import DNAZenModel
@@ -123,13 +123,13 @@ def explain(
             found = _locate(part.sequence, tokens, *result[0], spelled, loaded.spelling, pattern)
             counts["windows"] += 1
             counts["ngrams"] += len(found)
-            bases += part.own_end - part.own_start
-            progress.update(part.own_end - part.own_start)
+            bases += part.core_end - part.core_start
+            progress.update(part.core_end - part.core_start)
             for track in tracks:
-                track.flush(part.record, part.own_start)
+                track.flush(part.record, part.core_start)
             for ngram in found:
                 for start, end in ngram.spans:
-                    if part.own_start <= part.start + start < part.own_end:
+                    if part.core_start <= part.start + start < part.core_end:
                         counts["occurrences"] += 1
                         span = part.start + start, part.start + end
                         extra = [int(ngram.has_motif)] if pattern else []
@@ -247,7 +247,9 @@ def format_summary(summary: Summary) -> str:
         f"cut         {counts['dropped_ngrams']:,} G-grams over the model's limit",
     ]
     if covered["present"]:
-        lines.append(f"motif       in {covered['present']:,} windows; in {covered['covered']:,} a G-gram covers it whole")
+        lines.append(
+            f"motif       in {covered['present']:,} windows; in {covered['covered']:,} a G-gram covers it whole"
+        )
     if summary.attention is not None:
         lines.append("attention   layer  with the motif  without  (1.00 is an even share)")
         for layer, (inside, outside) in enumerate(summary.attention, 1):

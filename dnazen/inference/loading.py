@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from dnazen.data.collator import PackedCollator
+from dnazen.batches.collator import PackedCollator
 from dnazen.data.tokenizer import spell_tokens
 from dnazen.files import InputError
+from dnazen.models.hub import fetch_model, load_vocabularies
 from dnazen.models.modeling_dnazen import DNAZenPreTrainedModel
 from dnazen.ngram.vocab import NgramVocabulary
-from dnazen.train.source import fetch_model, load_vocabularies
 
 
 class InferenceModel(NamedTuple):

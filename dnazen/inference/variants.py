@@ -19,9 +19,9 @@ from tqdm import tqdm
 from xopen import xopen
 
 from dnazen import __version__
+from dnazen.batches.streaming import run_batches
 from dnazen.data.fasta import FastaReader, reverse_complement
 from dnazen.files import InputError, atomic_file
-from dnazen.inference.batches import run_batches
 from dnazen.inference.explain import IUPAC_BASES
 from dnazen.inference.loading import InferenceModel, load_for_inference
 from dnazen.models import DNAZenForMaskedLM
@@ -238,7 +238,9 @@ def _extended_header(source: _Source, model: str, flank: int) -> str:
     """The file's header with our fields."""
     with source.open() as file:
         if taken := sorted(_FIELDS.keys() & set(file.header.info)):
-            raise InputError(f"{source.path}: expected no INFO field {taken[0]}, found it in the header: scored before?")
+            raise InputError(
+                f"{source.path}: expected no INFO field {taken[0]}, found it in the header: scored before?"
+            )
         *lines, columns = str(file.header).splitlines()
     for name, (kind, text) in _FIELDS.items():
         lines.append(f'##INFO=<ID={name},Number=A,Type={kind},Description="{text}">')
@@ -304,6 +306,7 @@ class _Plan:
 
     def finish(self, results: list[tuple[np.ndarray, np.ndarray]]) -> bytes:
         """The record's line, from each sequence's mean state and log probabilities at its masks."""
+
         def of(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
             return results[self._numbers[tuple(tokens)]]
 

@@ -21,8 +21,8 @@ class Window(NamedTuple):
     record: str
     start: int  # in the record, from 0
     sequence: str  # of A, C, G and T
-    own_start: int  # of all windows, the bases [own_start, own_end) lie farthest from the ends in this one
-    own_end: int
+    core_start: int  # of all windows, the bases [core_start, core_end) lie farthest from the ends in this one
+    core_end: int
 
     @property
     def is_end(self) -> bool:
@@ -64,18 +64,18 @@ def _cut_run(record: str, end: int, run: IO[bytes], window: int, stride: int) ->
     count = 1 + max(0, -(-(length - window) // stride))
     if count % 2 == 0 and length % 2:
         count += 1  # or the base in the middle would lie as deep in one window as in another
-    own_start = 0
+    core_start = 0
     for number in range(count if length else 0):
         first, last = _span(number, count, length, window)
-        own_end = length
+        core_end = length
         if number + 1 < count:
             seam = _span(number + 1, count, length, window)[0] + last
             # where what two share has a middle base, the inner one gets it, in either half of the run
-            own_end = seam // 2 if number < count // 2 else -(-seam // 2)
+            core_end = seam // 2 if number < count // 2 else -(-seam // 2)
         run.seek(first)
         start = end - length
-        yield Window(record, start + first, run.read(last - first).decode(), start + own_start, start + own_end)
-        own_start = own_end
+        yield Window(record, start + first, run.read(last - first).decode(), start + core_start, start + core_end)
+        core_start = core_end
     run.seek(0)
     run.truncate()
 

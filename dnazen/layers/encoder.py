@@ -1,4 +1,4 @@
-"""Embeddings and layers of E4BU and of the G-gram encoder, and the two fused layer by layer.
+"""Embeddings and layers of the token encoder and of the G-gram encoder, and the two fused layer by layer.
 
 Every module but the embeddings works on the last dimension alone, so it takes packed `[T, H]` and padded `[B, S, H]`
 alike; what depends on the layout (attention, and the fusion with the LayerNorm before it) is handed in. `config` has
@@ -72,9 +72,7 @@ class AttentionBlock(nn.Module):
         self.self = self_attention(config.hidden_size, config.num_attention_heads)
         self.output = ResidualOutput(config, config.hidden_size)
 
-    def forward(
-        self, hidden_states: Tensor, attention: Attention, add_norm: AddNorm
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, attention: Attention, add_norm: AddNorm) -> tuple[Tensor, Tensor | None]:
         context, weights = self.self(hidden_states, attention)
         return self.output(context, hidden_states, add_norm), weights
 
@@ -96,7 +94,7 @@ class GatedMLP(nn.Module):
 
 
 class TokenLayer(nn.Module):
-    """A layer of E4BU, after which the states of the covering G-grams (if given) are added to each token's."""
+    """A layer of the token encoder, after which the states of the covering G-grams (if given) are added to each token's."""
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -120,15 +118,13 @@ class NgramLayer(nn.Module):
         self.intermediate = nn.Sequential(OrderedDict(dense=dense, activation=nn.GELU()))
         self.output = ResidualOutput(config, config.intermediate_size)
 
-    def forward(
-        self, hidden_states: Tensor, attention: Attention, add_norm: AddNorm
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, attention: Attention, add_norm: AddNorm) -> tuple[Tensor, Tensor | None]:
         hidden_states, weights = self.attention(hidden_states, attention, add_norm)
         return self.output(self.intermediate(hidden_states), hidden_states, add_norm), weights
 
 
 class FusedEncoder(nn.Module):
-    """Both stacks. After E4BU's layer l the states of the G-gram encoder's layer l are added (paper, eq. 4).
+    """Both stacks. After the token encoder's layer l the states of the G-gram encoder's layer l are added (paper, eq. 4).
 
     Hugging Face's models set the two attributes of gradient checkpointing: whether, and by which function.
     """
@@ -153,9 +149,10 @@ class FusedEncoder(nn.Module):
         """Run both stacks.
 
         Returns:
-            E4BU's states after the embeddings and every layer (the last alone unless `keep_all`), and the attention
-            weights of every layer of E4BU and of the G-gram encoder (None where the implementation has none).
+            the token encoder's states after the embeddings and every layer (the last alone unless `keep_all`), and the attention
+            weights of every layer of the token encoder and of the G-gram encoder (None where the implementation has none).
         """
+
         def run(layer: nn.Module, *args):
             is_checkpointing = self.gradient_checkpointing and self.training
             return self._gradient_checkpointing_func(layer, *args) if is_checkpointing else layer(*args)

@@ -35,8 +35,8 @@ _TOLERATED_KEYS = {
 class DNAZenConfig(PreTrainedConfig):
     """Shape and constants of a DNAZEN model; the defaults are the base size.
 
-    `hidden_size`, `num_attention_heads` and `intermediate_size` hold for both encoders. E4BU has `num_hidden_layers`
-    layers; the G-gram encoder has `num_hidden_ngram_layers`, whose outputs are added after E4BU's first as many layers.
+    `hidden_size`, `num_attention_heads` and `intermediate_size` hold for both encoders. The token encoder has `num_hidden_layers`
+    layers; the G-gram encoder has `num_hidden_ngram_layers`, whose outputs are added after the token encoder's first as many layers.
     `neighbor_window` is how many tokens on either side enter a token's embedding (0, as published: none).
     `max_ngram_count` is the cap of G-grams per sequence the model was trained with (None: no cap); `use_ngrams` is False if
     it was trained without any, and then whatever prepares its input leaves them out.
@@ -95,9 +95,7 @@ class DNAZenConfig(PreTrainedConfig):
         check(is_window, "neighbor_window", "an integer of at least 0")
         heads, layers, cap = self.num_attention_heads, self.num_hidden_layers, self.max_ngram_count
         check(self.hidden_size % heads == 0, "hidden_size", f"a multiple of num_attention_heads {heads}")
-        check(
-            self.num_hidden_ngram_layers <= layers, "num_hidden_ngram_layers", f"at most num_hidden_layers {layers}"
-        )
+        check(self.num_hidden_ngram_layers <= layers, "num_hidden_ngram_layers", f"at most num_hidden_layers {layers}")
         is_cap = is_number("max_ngram_count", (int,)) and cap >= 1
         check(cap is None or is_cap, "max_ngram_count", "None or an integer of at least 1")
         check(self.attention_probs_dropout_prob == 0, "attention_probs_dropout_prob", "0 (no attention dropout)")
@@ -141,7 +139,9 @@ class DNAZenConfig(PreTrainedConfig):
         result = super().from_dict({**config_dict, **given}, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         # what the file says of itself, for the check of the weights beside it
-        config._in_file = {name: config_dict[name] for name in ("ngram_vocab_size", "architectures") if name in config_dict}
+        config._in_file = {
+            name: config_dict[name] for name in ("ngram_vocab_size", "architectures") if name in config_dict
+        }
         return result
 
     @classmethod

@@ -1,4 +1,4 @@
-"""DNAZEN: an encoder over BPE tokens (E4BU) to which each of the first layers adds the states of the covering G-grams.
+"""DNAZEN: an encoder over BPE tokens (E4BU in the paper, here the token encoder), to which each of the first layers adds the states of the covering G-grams.
 
 The models take either form of input:
 
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dnazen_kernels.ngram_masking import IGNORE_INDEX
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
@@ -40,6 +39,7 @@ from dnazen.layers.fusion import packed_add_norm, padded_add_norm
 from dnazen.layers.padding import PackedBatch, PaddedLayout, batch_without_ngrams, dense_matching_matrix, pack_batch
 from dnazen.models.configuration_dnazen import DNAZenConfig
 from dnazen.models.loading import CLASSIFIER, MLM_HEAD, NGRAM_PART, POOLER, StrictLoading
+from dnazen_kernels.ngram_masking import IGNORE_INDEX
 
 # The arguments of each form of input, without and with G-grams.
 _PACKED = {"input_ids", "cu_seqlens", "max_seqlen"}
@@ -194,7 +194,7 @@ class DNAZenModel(DNAZenPreTrainedModel):
 
         Returns:
             `last_hidden_state` and each of `hidden_states`: `[T, H]`, or `[B, S, H]` for padded input;
-            `pooler_output [B, H]` if there is a pooler; `attentions` (E4BU's, eager attention only):
+            `pooler_output [B, H]` if there is a pooler; `attentions` (the token encoder's, eager attention only):
             `[B, heads, max_seqlen, max_seqlen]` per layer, each sequence from its first token on; `ngram_attentions`,
             likewise `[B, heads, max_ngrams, max_ngrams]` per layer of the G-gram encoder.
 

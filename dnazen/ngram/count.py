@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from dnazen_kernels.ngram_matching.table import LENGTH_SHIFT
 from tqdm import tqdm
 
-from dnazen.data.workers import call_forked, cut_blocks, fork_pool
 from dnazen.files import InputError
+from dnazen.processes import call_forked, cut_blocks, fork_pool
+from dnazen_kernels.ngram_matching.table import LENGTH_SHIFT
 
 Shard = tuple[np.ndarray, np.ndarray]  # tokens, and the offsets [n + 1] of its sequences
 Block = tuple[int, int, int]  # shard, first sequence, end of sequences
@@ -166,7 +166,7 @@ def find_pieces(linked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _pick_device(name: str, num_workers: int) -> torch.device:
-    """"cpu" or "cuda"; of several CUDA devices, that of this process' number on the machine."""
+    """ "cpu" or "cuda"; of several CUDA devices, that of this process' number on the machine."""
     if name not in ("cpu", "cuda"):
         raise InputError(f"device: expected cpu or cuda, found {name}")
     if name == "cpu":

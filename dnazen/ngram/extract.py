@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from dnazen_kernels.ngram_matching import ngram_matching
-from dnazen_kernels.ngram_matching.table import LENGTH_SHIFT, token_bits
 from transformers import PreTrainedTokenizerBase
 
 from dnazen.data.tokenizer import save_tokenizer, tokenizer_checksum
@@ -28,6 +26,8 @@ from dnazen.files import InputError, atomic_directory, sha256_file, write_json
 from dnazen.ngram.count import PairCounts, Runs, Shard, count_pairs, count_runs, take_share, token_size
 from dnazen.ngram.group import ALONE, Group
 from dnazen.ngram.vocab import MANIFEST_FILE, NGRAM_FILE, NgramVocabulary
+from dnazen_kernels.ngram_matching import ngram_matching
+from dnazen_kernels.ngram_matching.table import LENGTH_SHIFT, token_bits
 
 TABLE_FILE = "ngrams.tsv"
 
@@ -219,7 +219,7 @@ def build_ngrams(
     """Extract the G-grams of a corpus' training split and write `ngram.json`, `ngrams.tsv`, `manifest.json` and the
     tokenizer.
 
-    `corpus` is a `dnazen.data.shards.Corpus`; `group` and `parameters` are those of `extract_ngrams`. Returns the
+    `corpus` is a `dnazen.data.corpus.Corpus`; `group` and `parameters` are those of `extract_ngrams`. Returns the
     manifest, in the first process of the group, which writes.
 
     Raises:

@@ -56,7 +56,7 @@ def build_counts(
 ) -> dict[str, Any]:
     """Count the pairs of a corpus' training split, or of a shard of it; with `pairs`, the runs of linked pairs.
 
-    `corpus` is a `dnazen.data.shards.Corpus`. Returns the manifest.
+    `corpus` is a `dnazen.data.corpus.Corpus`. Returns the manifest.
 
     Args:
         shard: (i, n): the i-th of n even shares of the sequences.

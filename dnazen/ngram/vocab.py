@@ -8,11 +8,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dnazen_kernels.ngram_matching import NgramTable
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dnazen.data.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_checksum
 from dnazen.files import InputError, read_json, sha256_file, write_json
+from dnazen_kernels.ngram_matching import NgramTable
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class NgramVocabulary:
 
 
 def load_ngrams(path: str | PathLike, corpus: Any) -> NgramVocabulary:
-    """Read the G-grams that `dnazen ngrams` wrote, for use with a corpus (`dnazen.data.shards.Corpus`).
+    """Read the G-grams that `dnazen ngrams` wrote, for use with a corpus (`dnazen.data.corpus.Corpus`).
 
     They may come from another corpus with the same tokenizer. A folder without `manifest.json`, or the bare
     `ngram.json`, is taken too; then only the tokens themselves are checked.

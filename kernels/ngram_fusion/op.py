@@ -4,13 +4,14 @@ Each operator sums the rows of a CSR view; the backward is the same sum over the
 """
 
 import torch
+from torch import Tensor
+
 from dnazen_kernels._runtime import resolve_impl
 from dnazen_kernels.ngram_fusion.reference import (
     accumulation_dtype,
     ngram_fusion_index_add,
     residual_layer_norm_eager,
 )
-from torch import Tensor
 
 
 def ngram_fusion(
@@ -209,9 +210,7 @@ def _check_states(name: str, tensor: Tensor, *shape: int | str) -> None:
         raise ValueError(f"{name} must have shape [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
 
 
-def _check_ngrams(
-    hidden_states, ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens
-) -> None:
+def _check_ngrams(hidden_states, ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens) -> None:
     _check_states("ngram_hidden_states", ngram_hidden_states, "rows", hidden_states.shape[1])
     for name, tensor, size in (
         ("token_offsets", token_offsets, len(hidden_states) + 1),

@@ -8,6 +8,7 @@ Offsets of rows are int64; sums are in `ACC`, fp32, or fp64 for fp64 tensors.
 import torch
 import triton
 import triton.language as tl
+
 from dnazen_kernels.ngram_fusion.reference import accumulation_dtype
 
 EDGES_AT_ONCE = tl.constexpr(4)  # unrolled, so that several rows are on their way at the same time

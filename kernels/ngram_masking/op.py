@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+
 from dnazen_kernels._runtime import resolve_impl
 
 IGNORE_INDEX = -100
@@ -39,7 +40,7 @@ class MaskedBatch(NamedTuple):
 
 def ngram_masking(
     input_ids: torch.Tensor,
-    ordinary: torch.Tensor,
+    maskable: torch.Tensor,
     random: torch.Tensor,
     ngram_input_ids: torch.Tensor,
     ngram_cu_seqlens: torch.Tensor,
@@ -50,7 +51,7 @@ def ngram_masking(
     *,
     mlm_probability: float,
     mask_token_id: int,
-    ordinary_ids: torch.Tensor,
+    maskable_ids: torch.Tensor,
     whole_ngram: bool = True,
     mask_share: float = MASK_SHARE,
     random_share: float = RANDOM_SHARE,
@@ -58,10 +59,10 @@ def ngram_masking(
 ) -> MaskedBatch:
     """Mask tokens and the G-grams they belong to; a pure function of its inputs; paper section 2.4.
 
-    A token is drawn where it is ordinary and `random[:, 0] < mlm_probability`. A G-gram that covers a drawn token is
+    A token is drawn where it is maskable and `random[:, 0] < mlm_probability`. A G-gram that covers a drawn token is
     hit, and all tokens of all hit G-grams are masked: one hop. G-grams that cover *any* masked token are removed,
     hit or not, since their states would tell the masked token. Of the masked tokens, those with `random[:, 1]` below
-    `mask_share` become [MASK], those below `mask_share + random_share` an entry of `ordinary_ids` chosen by
+    `mask_share` become [MASK], those below `mask_share + random_share` an entry of `maskable_ids` chosen by
     `random[:, 2]`, and the rest stay.
 
     All implementations return the same integers. The shapes follow from those of the inputs alone, so "triton" never
@@ -72,15 +73,15 @@ def ngram_masking(
 
     Args:
         input_ids: `[T]` integers.
-        ordinary: `[T]` bool, False at special tokens.
+        maskable: `[T]` bool, False at special tokens.
         random: `[T, 3]` float64, uniform in [0, 1).
         ngram_input_ids, ngram_cu_seqlens: `[N]` and `[B + 1]`, the batch's G-grams, sequence by sequence; what is
             behind `ngram_cu_seqlens[-1]` is padding.
         token_offsets, token_ngrams, ngram_offsets, ngram_tokens: both CSR views of the (token, G-gram) edges,
             `[T + 1]`, `[E]`, `[N + 1]`, `[E]`, int32 or int64; what is behind `token_offsets[-1]` is padding. Their
             values are not checked, for that would cost a device synchronisation.
-        mlm_probability: chance of an ordinary token to be drawn; more are masked, because G-grams are masked whole.
-        ordinary_ids: `[V']`, the ids a random replacement is taken from, of the type of `input_ids`.
+        mlm_probability: chance of a maskable token to be drawn; more are masked, because G-grams are masked whole.
+        maskable_ids: `[V']`, the ids a random replacement is taken from, of the type of `input_ids`.
         whole_ngram: False masks the drawn tokens alone (Table 3); G-grams are removed all the same.
         mask_share, random_share: of the masked tokens, how many become [MASK], and a random token.
         impl: "auto", "triton" or "reference".
@@ -93,15 +94,15 @@ def ngram_masking(
     """
     graph = ngram_input_ids, ngram_cu_seqlens, token_offsets, token_ngrams, ngram_offsets, ngram_tokens
     if not torch.compiler.is_compiling():
-        _check(input_ids, ordinary, random, *graph, ordinary_ids, mlm_probability)
+        _check(input_ids, maskable, random, *graph, maskable_ids, mlm_probability)
         if not 0 <= mask_share <= mask_share + random_share <= 1:
             raise ValueError(
                 f"mask_share and random_share must be at least 0 and at most 1 in all, got {mask_share} and {random_share}"
             )
-    drawn = ordinary & (random[:, 0] < mlm_probability)
+    drawn = maskable & (random[:, 0] < mlm_probability)
     impl = resolve_impl(impl, input_ids.device)
     masked, *survivors = torch.ops.dnazen.ngram_masking(drawn, *graph, whole_ngram, impl)
-    replacement = ordinary_ids[(random[:, 2] * ordinary_ids.shape[0]).long()]
+    replacement = maskable_ids[(random[:, 2] * maskable_ids.shape[0]).long()]
     replacement = torch.where(random[:, 1] < mask_share, mask_token_id, replacement)
     replaced = masked & (random[:, 1] < mask_share + random_share)
     masked_ids = torch.where(replaced, replacement, input_ids)
@@ -136,14 +137,14 @@ def _(drawn, *graph_whole_ngram_impl):
 
 
 def _check(
-    input_ids, ordinary, random, ngram_input_ids, ngram_cu_seqlens, token_offsets, token_ngrams, ngram_offsets,
-    ngram_tokens, ordinary_ids, mlm_probability,
+    input_ids, maskable, random, ngram_input_ids, ngram_cu_seqlens, token_offsets, token_ngrams, ngram_offsets,
+    ngram_tokens, maskable_ids, mlm_probability,
 ) -> None:  # fmt: skip
     num_tokens, num_ngrams, num_edges = input_ids.numel(), ngram_input_ids.numel(), token_ngrams.numel()
     indices = (torch.int32, torch.int64)
     for name, tensor, shape, dtypes in (
         ("input_ids", input_ids, (num_tokens,), indices),
-        ("ordinary", ordinary, (num_tokens,), (torch.bool,)),
+        ("maskable", maskable, (num_tokens,), (torch.bool,)),
         ("random", random, (num_tokens, 3), (torch.float64,)),
         ("ngram_input_ids", ngram_input_ids, (num_ngrams,), indices),
         ("ngram_cu_seqlens", ngram_cu_seqlens, (max(1, ngram_cu_seqlens.numel()),), indices),
@@ -151,7 +152,7 @@ def _check(
         ("token_ngrams", token_ngrams, (num_edges,), (token_offsets.dtype,)),
         ("ngram_offsets", ngram_offsets, (num_ngrams + 1,), (token_offsets.dtype,)),
         ("ngram_tokens", ngram_tokens, (num_edges,), (token_offsets.dtype,)),
-        ("ordinary_ids", ordinary_ids, (max(1, ordinary_ids.numel()),), (input_ids.dtype,)),
+        ("maskable_ids", maskable_ids, (max(1, maskable_ids.numel()),), (input_ids.dtype,)),
     ):
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")

@@ -3,6 +3,7 @@
 from typing import NamedTuple, Optional
 
 import torch
+
 from dnazen_kernels._runtime import resolve_impl
 from dnazen_kernels.ngram_matching.table import NgramTable
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+
 from dnazen_kernels.ngram_matching.table import FREE, MAX_LENGTH, MIN_LENGTH, home_slots, pack_ngrams
 
 NUM_LENGTHS = MAX_LENGTH - MIN_LENGTH + 1

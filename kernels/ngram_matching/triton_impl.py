@@ -8,6 +8,7 @@ alive at the most, so it takes about 1 KiB of device memory per token while it r
 import torch
 import triton
 import triton.language as tl
+
 from dnazen_kernels.ngram_matching.table import FREE, HASH_MULTIPLIER, LENGTH_SHIFT, MAX_LENGTH, MIN_LENGTH
 
 BLOCK = 256  # positions per program

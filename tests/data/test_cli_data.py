@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dnazen.cli.main import main
-from dnazen.data.shards import Corpus
+from dnazen.data.corpus import Corpus
 from dnazen.data.tokenizer import load_tokenizer, train_tokenizer
 
 FULL_DISK = """\

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from dnazen.data.corpus import Corpus, build_corpus, summarize
 from dnazen.data.fasta import read_fasta
-from dnazen.data.shards import Corpus, build_corpus, summarize
 from dnazen.data.tokenizer import load_tokenizer, tokenizer_checksum, train_tokenizer
 from dnazen.files import InputError, sha256_file, write_json
 
@@ -90,6 +90,7 @@ def test_every_sequence_is_its_piece(
         for start in range(0, len(run[0]), 4 * max_tokens)
     ]
     kept = [piece for piece in pieces if piece[2] - piece[1] >= min_length]
+
     def count_sequences(text):
         if len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= max_tokens:
             return 1

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dnazen.cli.main import _read_list, main
-from dnazen.data import fasta, leakage, shards
+from dnazen.data import fasta
+from dnazen.data.corpus import Corpus, build_corpus, leakage, summarize
+from dnazen.data.corpus import build as shards
 from dnazen.data.fasta import FastaReader
-from dnazen.data.shards import Corpus, build_corpus, summarize
 from dnazen.data.tables import read_sequences
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.files import InputError

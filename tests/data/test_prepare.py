@@ -11,14 +11,14 @@ import time
 import pytest
 
 from dnazen.files import InputError
-from dnazen.train.prepare import genome_name, prepare_data
+from dnazen.pretraining.prepare import genome_name, prepare_data
 
 # prepares with a heart that beats fast, and little patience
 PROCESS = """\
 import sys
 from pathlib import Path
 from dnazen.files import InputError
-from dnazen.train import prepare
+from dnazen.pretraining import prepare
 prepare.BEAT_SECONDS, prepare.PATIENCE_SECONDS = 0.1, {patience}
 print("ready", flush=True)
 try:

@@ -14,14 +14,14 @@ import psutil
 import pytest
 
 from dnazen.cli.main import main
-from dnazen.data import shards
-from dnazen.data.shards import Corpus, build_corpus
+from dnazen.data.corpus import Corpus, build_corpus
+from dnazen.data.corpus import build as shards
 from dnazen.data.tokenizer import load_tokenizer, train_tokenizer
 
 # Dies by SIGKILL the n-th time that something is written to a file whose name has a given suffix, half of it done.
 KILLER = """\
 import os, signal, sys
-from dnazen.data import shards
+from dnazen.data.corpus import build as shards
 suffix, count = sys.argv.pop(1), int(sys.argv.pop(1))
 write_all = shards._write_all
 def write(file, data):

@@ -20,8 +20,8 @@ from dnazen.gue.kmer import run_kmers
 from dnazen.gue.launch import list_models
 from dnazen.gue.protocol import PROTOCOLS, choose_datasets
 from dnazen.gue.report import score_by_density
-from tests.finetune.conftest import data, model_folder, motif_row, write_splits  # noqa: F401
-from tests.train.launch import environment
+from tests.finetuning.conftest import data, model_folder, motif_row, write_splits  # noqa: F401
+from tests.helpers.launch import environment
 
 
 @pytest.fixture(scope="session")

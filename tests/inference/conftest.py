@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.fasta import read_fasta
-from dnazen.data.shards import Corpus, build_corpus
 from dnazen.data.tokenizer import save_tokenizer, train_tokenizer
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.ngram.extract import build_ngrams
 from dnazen.ngram.vocab import load_ngrams
-from dnazen.train.prepare import PACKAGED_GENOME
-from tests.model.published import random_weights, write_dnabert2
+from dnazen.pretraining.prepare import PACKAGED_GENOME
+from tests.helpers.published import random_weights, write_dnabert2
 
 
 @pytest.fixture(scope="session")

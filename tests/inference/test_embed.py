@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dnazen.batches.collator import PackedCollator
 from dnazen.cli.main import main
-from dnazen.data.collator import PackedCollator
 from dnazen.data.fasta import reverse_complement
 from dnazen.data.tokenizer import load_tokenizer
 from dnazen.inference.embed import POOLINGS, embed

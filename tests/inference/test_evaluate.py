@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from dnazen.cli.main import main
+from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.fasta import read_fasta
-from dnazen.data.shards import Corpus, build_corpus
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.ngram.extract import build_ngrams
 from dnazen.ngram.vocab import load_ngrams
-from dnazen.train.prepare import PACKAGED_GENOME
+from dnazen.pretraining.prepare import PACKAGED_GENOME
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,15 @@ def folder(tmp_path_factory):
 
 def evaluate(folder, output, *fasta):
     options = ["--fasta", *(str(folder / name) for name in fasta)] if fasta else []
-    line = ["evaluate", "--model", str(folder / "model"), "--corpus", str(folder / "corpus"), "--output-dir", str(output)]
+    line = [
+        "evaluate",
+        "--model",
+        str(folder / "model"),
+        "--corpus",
+        str(folder / "corpus"),
+        "--output-dir",
+        str(output),
+    ]
     return main([*line, *options])
 
 

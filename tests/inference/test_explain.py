@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from dnazen.batches.collator import PackedCollator
 from dnazen.cli.main import main
-from dnazen.data.collator import PackedCollator
 from dnazen.data.tokenizer import load_tokenizer
 from dnazen.inference.explain import explain, format_summary
 from dnazen.models import DNAZenForMaskedLM, DNAZenModel

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dnazen.batches.collator import PackedCollator
 from dnazen.cli.main import main
-from dnazen.data.collator import PackedCollator
 from dnazen.data.fasta import reverse_complement
 from dnazen.data.tokenizer import load_tokenizer
 from dnazen.inference.loading import load_for_inference
@@ -234,15 +234,14 @@ def test_lines_keep_what_pysam_would_write_otherwise(model_folder, contig, files
     text = HEADER.replace("#CHROM", '##INFO=<ID=AF,Number=A,Type=Float,Description="f">\n#CHROM')
     text += "\t".join(fields) + "\r\n" + "\t".join([*fields[:7], "XX=\xe9"])
     (files.folder / "in.vcf").write_bytes(text.encode("latin-1"))
-    with pysam.VariantFile(str(files.folder / "in.vcf")) as file, pysam.VariantFile(
-        str(files.folder / "in.bcf"), "wb", header=file.header
-    ) as copy:
+    with (
+        pysam.VariantFile(str(files.folder / "in.vcf")) as file,
+        pysam.VariantFile(str(files.folder / "in.bcf"), "wb", header=file.header) as copy,
+    ):
         copy.write(next(file))
     for name in ("in.vcf", "in.bcf"):
         variants(str(model_folder), files.folder / name, files.folder / "ref.fa", files.folder / f"{name}.out.vcf")
-    lines = [
-        (files.folder / f"{name}.out.vcf").read_bytes().splitlines(keepends=True) for name in ("in.vcf", "in.bcf")
-    ]
+    lines = [(files.folder / f"{name}.out.vcf").read_bytes().splitlines(keepends=True) for name in ("in.vcf", "in.bcf")]
     first, second = (line.split(b"\t") for line in lines[0][-2:])
     assert first[:7] == second[:7] == [field.encode() for field in fields[:7]]
     assert first[7].startswith(b"AF=0.10;DNAZEN_LLR=") and second[7].startswith(b"XX=\xe9;DNAZEN_LLR=")

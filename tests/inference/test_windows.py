@@ -27,13 +27,13 @@ def test_every_base_is_owned_by_the_window_it_lies_deepest_in(records, window, s
     for number, record in enumerate(records):
         *mine, end = [found for found in windows if found.record == str(number)]
         assert end.is_end and end.start == len(record)
-        owned = [base for found in mine for base in range(found.own_start, found.own_end)]
+        owned = [base for found in mine for base in range(found.core_start, found.core_end)]
         assert owned == [base for base, letter in enumerate(record) if letter != "N"]
         for found in mine:
             stop = found.start + len(found.sequence)
             assert record[found.start : stop] == found.sequence and 0 < len(found.sequence) <= window
-            assert found.start <= found.own_start <= found.own_end <= stop
-            for base in range(found.own_start, found.own_end):
+            assert found.start <= found.core_start <= found.core_end <= stop
+            for base in range(found.core_start, found.core_end):
                 run = next(m for m in re.finditer("[ACGT]+", record) if m.start() <= base < m.end())
 
                 def depth(candidate):  # the ends of a run are no seam
@@ -56,7 +56,7 @@ def test_windows_of_the_reverse_complement_are_the_mirror_images(record, window,
         both.append(found)
     mirrored = [
         (len(record) - (part.start + len(part.sequence)), reverse_complement(part.sequence),
-         len(record) - part.own_end, len(record) - part.own_start)
+         len(record) - part.core_end, len(record) - part.core_start)
         for part in both[1][::-1]
     ]  # fmt: skip
     assert [part[1:] for part in both[0]] == mirrored
@@ -73,7 +73,7 @@ def test_a_run_that_is_kept_on_disk():
     owned = count = 0
     for part in cut_windows(chain(blocks, [FastaBlock("s", 0, b"ACGT")]), 2040, 1020):
         if part.record == "r" and not part.is_end:
-            assert part.own_start == owned
+            assert part.core_start == owned
             assert part.sequence.encode() == letters[part.start : part.start + len(part.sequence)]
-            owned, count = part.own_end, count + 1
+            owned, count = part.core_end, count + 1
     assert owned == len(letters) and count == 16_667 and part == ("s", 4, "", 4, 4)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dnazen.data.shards import Corpus, build_corpus
+from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.tokenizer import load_tokenizer
 from dnazen.files import InputError
 from dnazen.ngram import count
@@ -48,9 +48,7 @@ def extract_slowly(sequences, min_pmi, min_count, min_pair_count, min_len, max_l
             candidates.add(piece)
     candidates = {ngram for ngram in candidates if min_len <= len(ngram) <= max_len}
     counts = {
-        ngram: sum(
-            tuple(sequence[i : i + len(ngram)]) == ngram for sequence in sequences for i in range(len(sequence))
-        )
+        ngram: sum(tuple(sequence[i : i + len(ngram)]) == ngram for sequence in sequences for i in range(len(sequence)))
         for ngram in candidates
     }
     kept = [ngram for ngram in candidates if counts[ngram] >= min_count]

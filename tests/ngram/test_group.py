@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from dnazen.cli.main import main
-from dnazen.data.shards import build_corpus
+from dnazen.data.corpus import build_corpus
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.ngram import count, extract
 from dnazen.ngram.count import Runs, merge_runs
 from dnazen.ngram.group import join_group
-from tests.ngram.forked import kill_at, run_command, run_forked
-from tests.train.launch import environment, free_port
+from tests.helpers.forked import kill_at, run_command, run_forked
+from tests.helpers.launch import environment, free_port
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dnazen.cli.main import main
-from dnazen.data.shards import Corpus, build_corpus
+from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.files import InputError
 from dnazen.ngram import count, parts
 from dnazen.ngram.count import NO_RUNS, Runs, cut_keys, merge_runs, take_share
 from dnazen.ngram.parts import build_counts, merge_counts
-from tests.ngram.forked import kill_at, run_command
+from tests.helpers.forked import kill_at, run_command
 
 OPTIONS = {"min_pmi": 0.7, "min_pair_count": 4, "max_len": 4, "long_pieces": "split"}
 

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from dnazen.cli.main import main
-from dnazen.data.shards import Corpus, build_corpus
+from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.tokenizer import load_tokenizer, train_tokenizer
 from dnazen.files import InputError, sha256_file
 from dnazen.ngram.extract import extract_ngrams
 from dnazen.ngram.vocab import NgramVocabulary, load_ngrams
-from dnazen.train.prepare import PACKAGED_GENOME
-
+from dnazen.pretraining.prepare import PACKAGED_GENOME
 
 SMALL = {"max_tokens": 100, "validation_fraction": 0.1, "num_workers": 1}
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from dnazen_kernels.ngram_fusion import ngram_fusion, residual_layer_norm, triton_impl
 from dnazen_kernels.ngram_fusion.reference import ngram_fusion_dense
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from dnazen_kernels.ngram_fusion import ngram_fusion, residual_layer_norm
 from dnazen_kernels.ngram_fusion.reference import ngram_fusion_dense
 from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
@@ -208,9 +209,7 @@ def test_residual_layer_norm_without_ngrams(device, poisoned_memory):
     plain = run(lambda *args: residual_layer_norm(*args, EPS, impl="triton"), inputs, grad)
     fused = run(lambda *args: residual_layer_norm(*args, EPS, ngrams, *csr, impl="triton"), inputs, grad)
     assert all(map(torch.equal, plain, fused))
-    truth = run(
-        lambda x, r, w, b: F.layer_norm(x + r, (48,), w, b, EPS), [x.double() for x in inputs], grad.double()
-    )
+    truth = run(lambda x, r, w, b: F.layer_norm(x + r, (48,), w, b, EPS), [x.double() for x in inputs], grad.double())
     assert_close_to_truth(NAMES[:5], truth, plain, (48, NUM_TOKENS))
 
 

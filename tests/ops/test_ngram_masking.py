@@ -5,16 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from dnazen_kernels.ngram_masking import ngram_masking, reference, triton_impl
-from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.ops.oracles import mask_slowly
-from tests.ops.synchronisations import ForbidSynchronisation
+from dnazen_kernels.ngram_masking import ngram_masking, reference, triton_impl
+from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
+from tests.helpers.oracles import mask_slowly
+from tests.helpers.synchronisations import ForbidSynchronisation
 
 CLS, SEP, MASK = 1, 2, 4
-ORDINARY_IDS = torch.arange(5, 12)
+MASKABLE_IDS = torch.arange(5, 12)
 GRAPH = ("ngram_input_ids", "ngram_cu_seqlens", "token_offsets", "token_ngrams", "ngram_offsets", "ngram_tokens")
 with_fixtures = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
@@ -28,12 +28,12 @@ def make_inputs(sequences, vocabulary, seed, p=0.15, capacity=None):
     matches = ngram_matching(input_ids, cu_seqlens, table, capacity=capacity)._asdict()
     return {
         "input_ids": input_ids,
-        "ordinary": input_ids >= 5,
+        "maskable": input_ids >= 5,
         "random": torch.from_numpy(np.random.default_rng(seed).random((len(input_ids), 3))),
         **{name: matches[name] for name in GRAPH},
         "mlm_probability": p,
         "mask_token_id": MASK,
-        "ordinary_ids": ORDINARY_IDS,
+        "maskable_ids": MASKABLE_IDS,
     }
 
 
@@ -94,12 +94,12 @@ def test_invariants(case, whole_ngram):
     before = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     batch = ngram_masking(**inputs, whole_ngram=whole_ngram).trimmed()
     masked = batch.labels != -100
-    assert inputs["ordinary"][masked].all()
+    assert inputs["maskable"][masked].all()
     assert torch.equal(batch.labels[masked], inputs["input_ids"][masked])
     assert torch.equal(batch.input_ids[~masked], inputs["input_ids"][~masked])
     assert not masked[batch.ngram_tokens].any()
     if whole_ngram:
-        drawn = inputs["ordinary"] & (inputs["random"][:, 0] < inputs["mlm_probability"])
+        drawn = inputs["maskable"] & (inputs["random"][:, 0] < inputs["mlm_probability"])
         for tokens in rows(inputs["ngram_offsets"], inputs["ngram_tokens"]):
             assert masked[tokens].all() or not drawn[tokens].any()
     assert all(torch.equal(inputs[name], value) for name, value in before.items())
@@ -146,7 +146,7 @@ def test_a_token_under_fourteen(device, poisoned_memory):
     """All runs of 2 to 5 of nine tokens: the middle one is under 14, and drawing it masks all nine."""
     vocabulary = [tuple(range(first, first + n)) for n in range(2, 6) for first in range(3, 12 - n + 1)]
     inputs = make_inputs([range(3, 12)], vocabulary, 0)
-    inputs["ordinary"][1:-1] = True
+    inputs["maskable"][1:-1] = True
     assert inputs["token_offsets"].diff().max() == 14
     inputs["random"] = torch.full((11, 3), 0.5, dtype=torch.float64)
     inputs["random"][5, 0] = 0.0
@@ -176,10 +176,10 @@ def test_token_id_0_is_a_token(device):
 
 @pytest.mark.parametrize("last", [0.0, 1 - 2**-53], ids=["first", "last"])
 def test_replacement_is_an_ordinary_token(device, last):
-    """The smallest and the largest uniform there is pick the first and the last ordinary token."""
+    """The smallest and the largest uniform there is pick the first and the last maskable token."""
     inputs = make_inputs([[7]], [], 0, p=0.5)
     inputs["random"][1] = torch.tensor([0.0, 0.85, last], dtype=torch.float64)
-    assert check(inputs, device)["input_ids"][1] == ORDINARY_IDS[0 if last == 0 else -1]
+    assert check(inputs, device)["input_ids"][1] == MASKABLE_IDS[0 if last == 0 else -1]
 
 
 def test_thresholds_are_exact_to_the_last_bit(device):
@@ -210,7 +210,7 @@ def test_rates():
     # One random replacement in seven is the original itself.
     check(int(((replaced != original) & (replaced != MASK)).sum()), total, 0.1 * 6 / 7)
     check(int((replaced == original).sum()), total, 0.1 + 0.1 / 7)
-    for token_id in ORDINARY_IDS:
+    for token_id in MASKABLE_IDS:
         others = original != token_id
         check(int((replaced[others] == token_id).sum()), int(others.sum()), 0.1 / 7)
 
@@ -236,7 +236,7 @@ def test_same_integers_on_every_run(device):
 
 def test_no_host_synchronisation(device):
     inputs = make_large_case(device)
-    arguments = inputs["ordinary"], *(inputs[name] for name in GRAPH), True
+    arguments = inputs["maskable"], *(inputs[name] for name in GRAPH), True
     with ForbidSynchronisation(device):
         triton_impl.mask_ngrams(*arguments)
     with pytest.raises((AssertionError, RuntimeError)), ForbidSynchronisation(device):
@@ -247,7 +247,7 @@ def test_no_host_synchronisation(device):
 @pytest.mark.parametrize("whole_ngram", [True, False], ids=["whole", "tokens"])
 def test_opcheck(device, impl, whole_ngram):
     inputs = make_large_case(device)
-    arguments = inputs["ordinary"], *(inputs[name] for name in GRAPH), whole_ngram, impl
+    arguments = inputs["maskable"], *(inputs[name] for name in GRAPH), whole_ngram, impl
     torch.library.opcheck(torch.ops.dnazen.ngram_masking.default, arguments)
 
 
@@ -277,14 +277,34 @@ def test_sliced_inputs(device):
     [
         ({"input_ids": torch.zeros(3)}, TypeError, "input_ids must be torch.int32 or torch.int64, got torch.float32"),
         ({"random": torch.zeros(3, 3)}, TypeError, "random must be torch.float64, got torch.float32"),
-        ({"ordinary": torch.zeros(3)}, TypeError, "ordinary must be torch.bool, got torch.float32"),
-        ({"random": torch.zeros(3, 2, dtype=torch.float64)}, ValueError, r"random must have shape \[3, 3\], got \[3, 2\]"),
-        ({"token_offsets": torch.zeros(3, dtype=torch.int32)}, ValueError, r"token_offsets must have shape \[4\], got \[3\]"),
+        ({"maskable": torch.zeros(3)}, TypeError, "maskable must be torch.bool, got torch.float32"),
+        (
+            {"random": torch.zeros(3, 2, dtype=torch.float64)},
+            ValueError,
+            r"random must have shape \[3, 3\], got \[3, 2\]",
+        ),
+        (
+            {"token_offsets": torch.zeros(3, dtype=torch.int32)},
+            ValueError,
+            r"token_offsets must have shape \[4\], got \[3\]",
+        ),
         ({"ngram_offsets": torch.zeros(1)}, TypeError, "ngram_offsets must be torch.int32, got torch.float32"),
-        ({"ngram_tokens": torch.zeros(2, dtype=torch.int32)}, ValueError, r"ngram_tokens must have shape \[0\], got \[2\]"),
-        ({"ngram_cu_seqlens": torch.zeros(0, dtype=torch.int32)}, ValueError, r"ngram_cu_seqlens must have shape \[1\]"),
-        ({"ordinary_ids": torch.arange(5).int()}, TypeError, "ordinary_ids must be torch.int64, got torch.int32"),
-        ({"ordinary_ids": torch.arange(5, device="meta")}, ValueError, "ordinary_ids must be on cpu like input_ids, got meta"),
+        (
+            {"ngram_tokens": torch.zeros(2, dtype=torch.int32)},
+            ValueError,
+            r"ngram_tokens must have shape \[0\], got \[2\]",
+        ),
+        (
+            {"ngram_cu_seqlens": torch.zeros(0, dtype=torch.int32)},
+            ValueError,
+            r"ngram_cu_seqlens must have shape \[1\]",
+        ),
+        ({"maskable_ids": torch.arange(5).int()}, TypeError, "maskable_ids must be torch.int64, got torch.int32"),
+        (
+            {"maskable_ids": torch.arange(5, device="meta")},
+            ValueError,
+            "maskable_ids must be on cpu like input_ids, got meta",
+        ),
         ({"mlm_probability": 1.5}, ValueError, r"mlm_probability must lie in \[0, 1\], got 1.5"),
         ({"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'triton', 'reference', got 'cuda'"),
     ],
@@ -298,6 +318,8 @@ def test_contract(change, error, message):
 def test_too_many_edges():
     """Tensors without memory are enough to see the limit of the packed scan."""
     inputs = to(make_inputs([[5]], [], 0), "meta")
-    inputs.update({name: torch.empty(2**31, dtype=torch.int32, device="meta") for name in ("token_ngrams", "ngram_tokens")})
+    inputs.update(
+        {name: torch.empty(2**31, dtype=torch.int32, device="meta") for name in ("token_ngrams", "ngram_tokens")}
+    )
     with pytest.raises(ValueError, match="token_ngrams must hold fewer than 2.31 edges, got 2147483648"):
         ngram_masking(**inputs)

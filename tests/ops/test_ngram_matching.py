@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from dnazen_kernels.ngram_matching import NgramTable, ngram_matching, triton_impl
-from dnazen_kernels.ngram_matching.table import FREE, home_slots, pack_ngrams
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.ops.oracles import match_slowly
-from tests.ops.synchronisations import ForbidSynchronisation
+from dnazen_kernels.ngram_matching import NgramTable, ngram_matching, triton_impl
+from dnazen_kernels.ngram_matching.table import FREE, home_slots, pack_ngrams
+from tests.helpers.oracles import match_slowly
+from tests.helpers.synchronisations import ForbidSynchronisation
 
 CLS, SEP = 1, 2
-FIRST_ORDINARY = 5
+FIRST_MASKABLE = 5
 with_fixtures = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
@@ -56,7 +56,7 @@ def check(sequences, vocabulary, vocab_size, device, max_ngrams=None, capacity=N
 @st.composite
 def vocabularies_and_batches(draw):
     """Few tokens, so that G-grams recur, overlap each other and themselves; vocab_size up to 2 * 12 bits and over."""
-    vocab_size = draw(st.sampled_from([FIRST_ORDINARY + 3, 4096]))
+    vocab_size = draw(st.sampled_from([FIRST_MASKABLE + 3, 4096]))
     token = st.integers(vocab_size - 3, vocab_size - 1)
     ngrams = draw(st.lists(st.lists(token, min_size=2, max_size=5).map(tuple), max_size=12, unique=True))
     ids = draw(st.permutations(range(1, len(ngrams) + 1)))
@@ -289,7 +289,11 @@ def test_refuses_wrong_cu_seqlens(cu_seqlens):
         ({"input_ids": torch.tensor([5.0, 6.0])}, TypeError, "input_ids must be of integers, got torch.float32"),
         ({"cu_seqlens": torch.tensor([False, True])}, TypeError, "cu_seqlens must be of integers, got torch.bool"),
         ({"input_ids": torch.tensor([[5, 6]])}, ValueError, r"input_ids must have one dimension, got shape \[1, 2\]"),
-        ({"input_ids": torch.zeros(2, dtype=torch.long, device="meta")}, ValueError, "must be on cpu like the table, got meta"),
+        (
+            {"input_ids": torch.zeros(2, dtype=torch.long, device="meta")},
+            ValueError,
+            "must be on cpu like the table, got meta",
+        ),
         ({"max_ngrams": -1}, ValueError, "max_ngrams must not be negative, got -1"),
         ({"capacity": (3, -2)}, ValueError, r"capacity must not be negative, got \(3, -2\)"),
         ({"impl": "triton"}, ValueError, r"capacity must be \(G-grams, edges\) for impl='triton', got None"),

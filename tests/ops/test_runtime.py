@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 from dnazen_kernels._runtime import resolve_impl
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

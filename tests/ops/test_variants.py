@@ -6,17 +6,17 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from dnazen_kernels.ngram_fusion import ngram_fusion, residual_layer_norm
-from dnazen_kernels.ngram_masking.triton_impl import _any_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
-from dnazen.data.collator import Masking, PackedCollator
-from dnazen.data.device import DeviceBatch
-from dnazen.data.shards import Corpus
+from dnazen.batches.collator import Masking, PackedCollator
+from dnazen.batches.device import DeviceBatch
+from dnazen.data.corpus import Corpus
 from dnazen.ngram.vocab import load_ngrams
-from tests.genome import prepare_part
+from dnazen_kernels.ngram_fusion import ngram_fusion, residual_layer_norm
+from dnazen_kernels.ngram_masking.triton_impl import _any_kernel
+from tests.helpers.genome import prepare_part
 
 HIDDEN_SIZE, LENGTH = 16, 7  # short rows and sequences, for kernels may be interpreted
 SIZES = [5, *(1 + 3 * number % 17 for number in range(50))]  # sequences: 5, then 1 to 17 three times over, in disorder

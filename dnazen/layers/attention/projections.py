@@ -6,7 +6,7 @@ from dnazen.layers.attention.dense import Attention
 
 
 class FusedSelfAttention(nn.Module):
-    """E4BU's attention: one projection whose rows are q, k, v, each split into heads."""
+    """The token encoder's attention: one projection whose rows are q, k, v, each split into heads."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()

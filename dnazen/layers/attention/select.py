@@ -118,7 +118,9 @@ def _flash_obstacle(name: str, capability: tuple[int, int], dtype: torch.dtype, 
     if name == "flash_attention_4":
         package, module, largest = "flash-attn-4", "flash_attn.cute.interface", 128
         if capability[0] not in (9, 10, 11):
-            return f"its backward with ALiBi needs Hopper or Blackwell (compute capability 9 to 11), and this is {found}"
+            return (
+                f"its backward with ALiBi needs Hopper or Blackwell (compute capability 9 to 11), and this is {found}"
+            )
     else:
         package, module, largest = "flash-attn", "flash_attn.flash_attn_interface", 256
         if capability[0] < 8:

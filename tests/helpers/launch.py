@@ -1,0 +1,117 @@
+"""Run the real entry point in real processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "dnazen" / "pretrain.py"
+PROGRAMS = ROOT / "tests" / "programs"
+SET_BY_US = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTORCH_ALLOC_CONF"}
+
+
+def environment() -> dict[str, str]:
+    """One thread per process, this interpreter's launchers first, nothing that a launcher or command had set here."""
+    kept = {key: value for key, value in os.environ.items() if key not in SET_BY_US}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    return {**kept, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PATH": path}
+
+
+def free_port() -> int:
+    """A port for the process group's rendezvous."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def command(processes: int = 1, zero: int | None = None, script: Path = SCRIPT, **arguments: Any) -> list[str]:
+    """The command line: under `deepspeed` if a ZeRO stage is given, under `torchrun` if several processes are."""
+    if zero is not None:
+        line = ["deepspeed", "--num_gpus", str(processes), "--master_port", str(free_port()), str(script)]
+        line += ["--deepspeed", str(ROOT / "ds_configs" / f"zero{zero}.json")]
+    elif processes > 1:
+        line = ["torchrun", "--nproc_per_node", str(processes), "--master_port", str(free_port()), str(script)]
+    else:
+        line = [sys.executable, str(script)]
+    for name, value in arguments.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        line += [f"--{name}", *map(str, values)]
+    return line
+
+
+def run(expect: int | None = 0, **arguments: Any) -> subprocess.CompletedProcess:
+    """Run to the end; fails with the output if the exit status is not `expect` (None: any but 0)."""
+    line = command(**arguments)
+    result = subprocess.run(
+        line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+    )
+    remove_shared_memory(line)
+    good = result.returncode != 0 if expect is None else result.returncode == expect
+    assert good, f"{' '.join(line)}: exit status {result.returncode}\n{result.stdout[-6000:]}"
+    return result
+
+
+def torchrun(script: Path, processes: int, *arguments: object, **variables: str) -> str:
+    """Output of one of the tests' own scripts on so many processes, which may import the tests."""
+    line = ["torchrun", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
+    line += map(str, (script, *arguments))
+    variables = {**environment(), "PYTHONPATH": str(ROOT), **variables}
+    result = subprocess.run(line, env=variables, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def run_until(path: Path, **arguments: Any) -> None:
+    """Start a run and kill -9 all its processes as soon as `path` exists."""
+    line = command(**arguments)
+    process = subprocess.Popen(
+        line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not path.exists():
+        assert process.poll() is None, f"ended before {path} appeared:\n{process.stdout.read().decode()[-6000:]}"
+        assert time.monotonic() < deadline, f"{path} never appeared"
+        time.sleep(0.002)
+    kill_tree(process.pid)
+    process.wait()
+    process.stdout.close()
+    remove_shared_memory(line)
+
+
+def remove_shared_memory(line: list[str]) -> None:
+    """Delete what a killed run left; each run has a port of its own, so that none would ever be reused."""
+    port = line[line.index("--master_port") + 1] if "--master_port" in line else None
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        path.unlink(missing_ok=True)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and its descendants (the launcher starts new sessions)."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
+    parents = [tuple(map(int, line.split())) for line in listing.splitlines()[1:]]
+    victims = [pid]
+    for victim in victims:
+        victims += [child for child, parent in parents if parent == victim]
+    for victim in victims:
+        try:
+            os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def log_history(checkpoint: Path) -> list[dict[str, Any]]:
+    """A checkpoint's log without what depends on the clock."""
+    entries = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    clocked = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+    return [{key: value for key, value in entry.items() if key not in clocked} for entry in entries]
+
+
+def steps(checkpoint: Path, *names: str) -> list[tuple[float, ...]]:
+    """The named values of each training log entry, in order."""
+    return [tuple(entry[name] for name in names) for entry in log_history(checkpoint) if names[0] in entry]

@@ -1,0 +1,59 @@
+"""Flags that choose how to compute change neither loss nor gradient."""
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.helpers.launch import run, steps
+
+# fp32: compiled sums in another order, over the few steps of a test
+TOLERANCE = {"rtol": 2e-5, "atol": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def plain(prepared, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("plain")
+    run(**prepared.arguments(), output_dir=output_dir)
+    return output_dir / "checkpoint-4"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "zero": 2},
+        {"torch_compile_backend": "aot_eager"},
+        {"torch_compile_backend": "aot_eager", "zero": 2},
+        {"torch_compile_backend": "aot_eager", "gradient_checkpointing": True, "zero": 1},
+    ],
+    ids=lambda flags: "-".join(f"{name}={value}" for name, value in flags.items()),
+)
+def test_losses_are_those_without_the_flag(prepared, plain, tmp_path, flags, monkeypatch):
+    monkeypatch.setenv("TORCH_LOGS", "+dynamo")
+    output = run(**prepared.arguments(), **flags, output_dir=tmp_path).stdout
+    assert "attention sdpa" in output and "attention is not flash_attention_4: it needs a CUDA device" in output
+    compiled = set(re.findall(r"start compiling \S+ \S*/(\w+\.py)", output))
+    assert compiled == ({"encoder.py"} if "torch_compile_backend" in flags else set())
+    names = "loss", "grad_norm"
+    np.testing.assert_allclose(steps(tmp_path / "checkpoint-4", *names), steps(plain, *names), **TOLERANCE)
+
+
+@pytest.mark.slow
+def test_compilation_does_not_go_with_zero3(prepared, tmp_path):
+    output = run(expect=None, **prepared.arguments(), torch_compile=True, zero=3, output_dir=tmp_path).stdout
+    assert "dnazen: error: --torch_compile does not go with ZeRO-3" in output
+
+
+@pytest.mark.slow
+def test_kernels_and_batches_made_on_the_device_change_nothing(prepared, tmp_path):
+    """Matching, masking and fusion interpreted on the CPU, as they run on a GPU."""
+    short = {**prepared.arguments(), "max_batch_tokens": 160, "gradient_accumulation_steps": 2, "max_steps": 3}
+    runs = [
+        run(**short, **flags, output_dir=tmp_path / name) and tmp_path / name / "checkpoint-3"
+        for name, flags in {"plain": {}, "kernels": {"impl": "triton", "zero": 2}}.items()
+    ]
+    expected, found = (steps(checkpoint, "loss", "grad_norm", "mask_rate") for checkpoint in runs)
+    assert len(expected) == 3
+    np.testing.assert_allclose(found, expected, **TOLERANCE)

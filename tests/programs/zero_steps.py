@@ -1,0 +1,84 @@
+"""Under torchrun: optimizer steps of every ZeRO stage, some of them with a gradient that is spoilt on one process.
+
+Fails where the norm is not DeepSpeed's own, where a step with a spoilt gradient moves a weight, or where a good one does not.
+"""
+
+import math
+
+import deepspeed
+import torch
+
+from tests.helpers.zero_engine import build_engine, take_norm_at_once
+
+
+def two_layers(stage: int, accumulation: int, bf16: bool, with_norm: bool = True) -> deepspeed.DeepSpeedEngine:
+    """Two layers, one of them in a group of its own, by the configuration that is shipped."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "weight_decay": 0.0}]
+    # several parts, and a matrix that is larger than one
+    return build_engine(
+        model, torch.optim.AdamW(groups, lr=0.1), stage, 4, accumulation, bf16, float(with_norm),
+        reduce_bucket_size=200, compute_grad_norm=with_norm,
+    )  # fmt: skip
+
+
+def step(engine: deepspeed.DeepSpeedEngine, seed: int, spoilt_by: float | None, on_this: bool) -> float:
+    """One optimizer step, whose norm is returned; in one micro-batch a number on the way back may become inf or NaN."""
+    generator = torch.Generator().manual_seed(100 * seed + torch.distributed.get_rank())
+    accumulation = engine.gradient_accumulation_steps()
+    for micro_step in range(accumulation):
+        input = torch.randn(4, 16, generator=generator).to(next(engine.module.parameters()).dtype)
+        output = engine(input)
+        if spoilt_by is not None and on_this and micro_step == seed % accumulation:
+            spoilt = torch.zeros_like(output, dtype=torch.bool)
+            spoilt[2, 1] = True
+            output.register_hook(lambda gradient, spoilt=spoilt: gradient.masked_fill(spoilt, spoilt_by))
+        engine.backward(output.float().square().mean())
+        engine.step()
+    norm = engine.get_global_grad_norm()
+    return math.nan if norm is None else float(norm)
+
+
+def main() -> None:
+    deepspeed.init_distributed("gloo")
+    rank, last = torch.distributed.get_rank(), torch.distributed.get_world_size() - 1
+    for stage in (1, 2, 3):
+        for accumulation in (1, 2):
+            for bf16 in (False, True):
+                engine = two_layers(stage, accumulation, bf16)
+                zero = engine.optimizer
+                name = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
+                own, norms = getattr(zero, name), []
+                take_norm_at_once(engine)
+                ours = getattr(zero, name)
+
+                def both(own=own, ours=ours, norms=norms) -> object:
+                    norms.append([torch.as_tensor(norm).norm() for norm in (own(), ours())])
+                    return ours()
+
+                setattr(zero, name, both)
+                weights = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+                where = f"ZeRO-{stage}, {accumulation} micro-batches, bf16 {bf16}, process {rank}"
+                for seed, spoilt_by in enumerate([None, math.inf, None, math.nan, -math.inf, None]):
+                    before = [weight.detach().clone() for weight in weights]
+                    norm = step(engine, seed, spoilt_by, on_this=rank == last)
+                    moved = [not torch.equal(*pair) for pair in zip(before, weights, strict=True)]
+                    if spoilt_by is None:
+                        assert math.isfinite(norm) and all(moved), f"{where}, step {seed}: norm {norm}, moved {moved}"
+                        # sums of at most 650 squares in another order
+                        torch.testing.assert_close(*norms[-1], rtol=650 * 2**-24, atol=0, check_dtype=False)
+                    else:
+                        assert norm == math.inf and not any(moved), f"{where}, step {seed}: norm {norm}, moved {moved}"
+                engine.destroy()
+    engine = two_layers(2, 1, bf16=True, with_norm=False)  # then the search is all there is
+    take_norm_at_once(engine)
+    before = [weight.detach().clone() for weight in engine.optimizer.single_partition_of_fp32_groups]
+    step(engine, 0, math.inf, on_this=rank == last)
+    assert all(map(torch.equal, before, engine.optimizer.single_partition_of_fp32_groups)), "no norm: weights moved"
+    print(f"process {rank}: all as it should be", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
