@@ -41,9 +41,7 @@ def shared_data() -> Path:
 
 
 class Prepared(NamedTuple):
-    """A small real corpus: the first 300 kb of the packaged genome, with its own tokenizer and G-grams."""
-
-    """Folders and files that a run needs."""
+    """Folders and files that a run needs: the first 300 kb of the packaged genome, its own tokenizer and G-grams."""
 
     fasta: Path
     corpus: Path
