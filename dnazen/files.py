@@ -101,16 +101,16 @@ def atomic_directory(
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike, may_exist: bool = False) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename that file to `path` when the block ends without an error.
 
     What killed processes of this machine left of earlier tries is removed, with a warning.
 
     Raises:
-        InputError: `path` already exists; it is not touched.
+        InputError: `path` already exists and may not; it is not touched.
     """
     path = Path(path)
-    if path.exists():
+    if path.exists() and not may_exist:
         raise InputError(f"{path}: already exists; choose another name or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, leftovers = _temporary_beside(path)

@@ -1,4 +1,4 @@
-"""Fine-tune DNAZEN: `deepspeed dnazen/finetune.py --model DIR --data DIR --output_dir DIR [...]`.
+"""Fine-tune DNAZEN: `deepspeed dnazen/finetune.py --model DIR --data DIR --output-dir DIR [...]`.
 
 The work is done in the package of the same name.
 """

@@ -359,7 +359,10 @@ def _predict(output_dir: str, **parameters: Any) -> None:
 def _gue(**parameters: Any) -> int:
     from dnazen.gue.launch import run_gue  # the models take seconds to import
 
-    return 0 if run_gue(**parameters) else 1
+    logging.getLogger("dnazen.gue").setLevel(logging.INFO)  # it takes hours, and says how far it is
+    text, is_complete = run_gue(**parameters)
+    print(text)
+    return 0 if is_complete else 1
 
 
 def _doctor() -> int:

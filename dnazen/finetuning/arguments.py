@@ -6,7 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from dnazen.files import InputError
-from dnazen.finetuning.tasks import CLASSIFICATION, KINDS, PER_BASE
+from dnazen.finetuning.tasks import TASKS, Classification
 from dnazen.training.script import refuse_flags, require_one_device
 
 _BEST = "has no effect: the model that is best on dev is kept, and nothing else"
@@ -18,7 +18,7 @@ REFUSED = {
     "save_total_limit": _BEST,
     "save_only_model": _BEST,
     "load_best_model_at_end": _BEST,
-    "greater_is_better": "has no effect: that depends on --metric_for_best_model",
+    "greater_is_better": "has no effect: that depends on --metric-for-best-model",
     "resume_from_checkpoint": _UNSUPPORTED + ": start anew",
     "per_device_eval_batch_size": "has no effect: evaluation packs by tokens",
     "auto_find_batch_size": _UNSUPPORTED,
@@ -47,7 +47,9 @@ class FinetuningDataArguments:
         }
     )
     data: str = field(metadata={"help": "folder with train.csv, dev.csv and perhaps test.csv, each plain or .gz"})
-    task: str = field(default=CLASSIFICATION, metadata={"choices": list(KINDS), "help": "what the column label holds"})
+    task: str = field(
+        default=Classification.kind, metadata={"choices": list(TASKS), "help": "what the column label holds"}
+    )
     max_length: int | None = field(default=None, metadata={"help": "tokens of a sequence at most; default: 512"})
     use_ngrams: bool = field(default=True, metadata={"help": "let the model see the G-grams, if it did in pretraining"})
     class_weights: list[str] | None = field(
@@ -70,14 +72,14 @@ class FinetuningDataArguments:
         for name in ("early_stopping", "lora_rank", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"--{name} must be at least 1, got {value}")
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         for name in ("lora_alpha", "lora_target_modules"):
             if self.lora_rank is None and getattr(self, name) is not None:
-                raise InputError(f"--{name} needs --lora_rank")
+                raise InputError(f"--{name.replace('_', '-')} needs --lora-rank")
         if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"--lora_dropout must lie in [0, 1), got {self.lora_dropout}")
-        if self.class_weights is not None and self.task not in (CLASSIFICATION, PER_BASE):
-            raise InputError(f"--class_weights does not go with --task {self.task}, which has no classes")
+            raise InputError(f"--lora-dropout must lie in [0, 1), got {self.lora_dropout}")
+        if self.class_weights is not None and not TASKS[self.task].has_classes:
+            raise InputError(f"--class-weights does not go with --task {self.task}, which has no classes")
 
     def weights_of_classes(self, num_labels: int) -> list[float] | None:
         """The weights that were given as numbers, if any.
@@ -93,7 +95,7 @@ class FinetuningDataArguments:
             weights = []
         if len(weights) != num_labels or not all(0 < weight < float("inf") for weight in weights):
             found = " ".join(self.class_weights)
-            raise InputError(f"--class_weights: expected `balanced` or {num_labels} numbers above 0, found {found}")
+            raise InputError(f"--class-weights: expected `balanced` or {num_labels} numbers above 0, found {found}")
         return weights
 
 
@@ -116,9 +118,9 @@ class FinetuningArguments(TrainingArguments):
     def __post_init__(self):
         refuse_flags(self, REFUSED)
         if self.output_dir is None:
-            raise InputError("--output_dir is needed: where the results go")
+            raise InputError("--output-dir is needed: where the results go")
         if self.eval_strategy not in ("epoch", "steps"):
-            raise InputError(f"--eval_strategy must be epoch or steps, to find the best, got {self.eval_strategy}")
+            raise InputError(f"--eval-strategy must be epoch or steps, to find the best, got {self.eval_strategy}")
         self.save_strategy = "best"
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()

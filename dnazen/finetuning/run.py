@@ -12,7 +12,8 @@ from transformers import EarlyStoppingCallback, HfArgumentParser, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from dnazen import __version__
-from dnazen.files import InputError, lock_run, sha256_file, write_json
+from dnazen.files import InputError, atomic_file, lock_run, publish_folder, sha256_file, write_json
+from dnazen.finetuning.adapters import add_adapters
 from dnazen.finetuning.arguments import FinetuningArguments, FinetuningDataArguments
 from dnazen.finetuning.data import (
     PREDICTIONS_FILE,
@@ -22,9 +23,11 @@ from dnazen.finetuning.data import (
     describe_overlap,
     read_splits,
 )
-from dnazen.finetuning.model import Encoded, Encoder, add_adapters, load_model, open_finetuned, write_record
+from dnazen.finetuning.finetuned import open_finetuned, write_record
+from dnazen.finetuning.loading import load_model
 from dnazen.finetuning.predict import predict_table
-from dnazen.finetuning.tasks import REGRESSION, Task
+from dnazen.finetuning.preprocessing import Encoded, PackedPreprocessor, Preprocessor, open_preprocessor
+from dnazen.finetuning.tasks import TASKS, Task
 from dnazen.finetuning.trainer import FinetuningTrainer
 from dnazen.training.attention import agree_on_attention
 from dnazen.training.script import parse_arguments, run_script
@@ -53,25 +56,24 @@ def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> N
     transformers.utils.logging.disable_progress_bar()  # of file reading; training keeps its own
     set_seed(args.seed)
     tables = read_splits(data_args.data)
-    task = Task.of(data_args.task, tables["train"])
+    task = TASKS[data_args.task].from_table(tables["train"])
     labels = {split: task.labels_of(table) for split, table in tables.items()}
     weights = data_args.weights_of_classes(task.num_labels)
     if data_args.class_weights == ["balanced"]:
         weights = task.balanced_weights(labels["train"])
-    metric = args.metric_for_best_model = (args.metric_for_best_model or task.metric).removeprefix("eval_")
+    metric = args.metric_for_best_model = (args.metric_for_best_model or task.metric_names[0]).removeprefix("eval_")
     args.greater_is_better = metric not in _LOWER_IS_BETTER
-    expected = {"loss", "mse", "pearson", "spearman"} if task.kind == REGRESSION else {"loss", "mcc", "accuracy", "f1"}
-    if metric not in expected:
-        raise InputError(f"--metric_for_best_model: expected {', '.join(sorted(expected))}, found {metric}")
+    if metric not in (expected := sorted({"loss", *task.metric_names})):
+        raise InputError(f"--metric-for-best-model: expected {', '.join(expected)}, found {metric}")
 
-    encoder = Encoder.open(data_args.model, data_args.max_length, data_args.use_ngrams)
+    preprocessor = open_preprocessor(data_args.model, data_args.max_length, data_args.use_ngrams)
     if (output_dir / "final").exists():
-        raise InputError(f"{output_dir / 'final'}: already exists; choose another --output_dir or remove it")
+        raise InputError(f"{output_dir / 'final'}: already exists; choose another --output-dir or remove it")
     _lock = lock_run(output_dir) if main_process else None  # held until this function returns
-    model = build_model(encoder, task, data_args, args)
-    encoded = {split: encoder.encode(tables[split], task) for split in ("train", "dev")}
+    model = build_model(preprocessor, task, data_args, args)
+    encoded = {split: preprocessor.encode(tables[split], task) for split in ("train", "dev")}
     trainer = FinetuningTrainer(
-        encoder=encoder,
+        preprocessor=preprocessor,
         task=task,
         train=(encoded["train"], labels["train"]),
         dev=(encoded["dev"], labels["dev"]),
@@ -80,7 +82,7 @@ def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> N
         args=args,
         callbacks=[EarlyStoppingCallback(data_args.early_stopping)] if data_args.early_stopping else [],
     )
-    attention = str(agree_on_attention(model, args)) if encoder.is_packed else None
+    attention = str(agree_on_attention(model, args)) if isinstance(preprocessor, PackedPreprocessor) else None
     overlaps = count_overlaps(tables)
     if main_process:
         print(describe(data_args, task, overlaps, encoded, weights, model, attention), flush=True)
@@ -91,13 +93,14 @@ def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> N
         return
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
     autocast = {args.device.type: dtype} if dtype else {}
-    write_record(trainer.best_dir, encoder, task, data_args.lora_rank is not None, tables["train"].is_pair, autocast)
+    has_adapters = data_args.lora_rank is not None
+    write_record(trainer.best_dir, preprocessor, task, has_adapters, tables["train"].is_pair, autocast)
     best = [entry for entry in trainer.state.log_history if entry.get("step") == trainer.state.best_global_step]
     dev = {
         name.removeprefix("eval_"): value for entry in best for name, value in entry.items() if name.startswith("eval_")
     }
     report: dict[str, Any] = {
-        "dnazen_version": __version__, "model": data_args.model, "task": task._asdict(), "arguments": {
+        "dnazen_version": __version__, "model": data_args.model, "task": task.record(), "arguments": {
             **dataclasses.asdict(data_args),
             **{name: getattr(args, name) for name in _RECORDED},
             "sequences_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -108,15 +111,14 @@ def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> N
         "steps": trainer.state.global_step, "best_step": trainer.state.best_global_step, "dev": dev,
         "train_seconds": train_seconds, "log": trainer.state.log_history,
     }  # fmt: skip
-    trainer.best_dir.rename(output_dir / "final")
+    publish_folder(trainer.best_dir, output_dir / "final")
     del trainer, model
     if "test" in tables:
         # what is tested is what was written, whole, by this process alone
         unset_hf_deepspeed_config()
-        temporary = output_dir / f"{PREDICTIONS_FILE}.tmp"
-        finetuned = open_finetuned(output_dir / "final", data_args.attn_implementation)
-        report["test"], report["num_truncated"]["test"] = predict_table(finetuned, tables["test"], temporary)
-        temporary.rename(output_dir / PREDICTIONS_FILE)
+        finetuned = open_finetuned(output_dir / "final", attn_implementation=data_args.attn_implementation)
+        with atomic_file(output_dir / PREDICTIONS_FILE, may_exist=True) as path:
+            report["test"], report["num_truncated"]["test"] = predict_table(finetuned, tables["test"], path)
     write_json(output_dir / REPORT_FILE, report)
     for split in ("dev", "test"):
         if split in report:
@@ -126,11 +128,11 @@ def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> N
 
 
 def build_model(
-    encoder: Encoder, task: Task, data_args: FinetuningDataArguments, args: FinetuningArguments
+    preprocessor: Preprocessor, task: Task, data_args: FinetuningDataArguments, args: FinetuningArguments
 ) -> torch.nn.Module:
     """The model to train, with adapters if asked for, whole on every process (DeepSpeed partitions it later)."""
     unset_hf_deepspeed_config()
-    model = load_model(encoder, task, data_args.attn_implementation)
+    model = load_model(preprocessor, task, data_args.attn_implementation)
     if args.deepspeed:
         set_hf_deepspeed_config(args.hf_deepspeed_config)
     if data_args.lora_rank is not None:

@@ -1,8 +1,11 @@
 """What is predicted: how labels are written in a CSV, the loss, the metrics, and how predictions are written."""
 
+import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -15,173 +18,335 @@ from torch import Tensor
 from dnazen.files import InputError
 from dnazen.finetuning.data import Table
 
-CLASSIFICATION, REGRESSION, MULTI_LABEL, PER_BASE = KINDS = ("classification", "regression", "multi-label", "per-base")
-_PROBLEM_TYPES = {
-    CLASSIFICATION: "single_label_classification", REGRESSION: "regression", MULTI_LABEL: "multi_label_classification",
-    PER_BASE: "single_label_classification",
-}  # fmt: skip
-_FORMS = {
-    CLASSIFICATION: "a class, 0, 1, 2, ...",
-    REGRESSION: "a number, or several separated by spaces",
-    MULTI_LABEL: "0 or 1 for each label, separated by spaces",
-    PER_BASE: "a digit for each base, its class",
-}
 UNSEEN = "."  # in per-base predictions: a base that was cut off
 
 
-class Task(NamedTuple):
-    """A kind of prediction and how many classes, targets or labels it has.
+@dataclass(frozen=True)
+class Task(ABC):
+    """A kind of prediction, and how many classes, targets or labels it has.
 
-    Labels are numpy arrays: the class (`classification`); `[num_labels]` floats (`regression`, `multi-label`);
-    `[bases]` classes (`per-base`), which become `[tokens, num_labels]` counts of each token's bases.
+    The labels of a file are numpy arrays, one a row; `stack` makes those of a batch.
     """
 
-    kind: str
     num_labels: int
-    # of each regression target in training; models are trained on, and give, (target - mean) / deviation
-    means: Sequence[float] | None = None
-    target_std: Sequence[float] | None = None
+
+    kind: ClassVar[str]  # its name on the command line and on disk
+    problem_type: ClassVar[str]  # Hugging Face's name for it
+    label_form: ClassVar[str]  # what a label looks like, for people
+    metric_names: ClassVar[tuple[str, ...]] = ("mcc", "accuracy", "f1")  # the first chooses the best model on dev
+    has_classes: ClassVar[bool] = False  # which can be weighted
+    is_per_token: ClassVar[bool] = False  # each token has logits, not each row
 
     @classmethod
-    def of(cls, kind: str, table: Table) -> "Task":
+    @abstractmethod
+    def from_table(cls, table: Table) -> Self:
         """The task that a training file sets.
 
         Raises:
-            InputError: a label is not of the kind's form, or the classes found are not 0..C-1 with C at least 2.
+            InputError: a label is not of the task's form; the classes found are not 0 to C-1 with C at least 2.
         """
-        labels = parse_labels(kind, table)
-        if kind == MULTI_LABEL:
-            return cls(kind, len(labels[0]))
-        if kind == REGRESSION:
-            for line, label in zip(table.lines, labels):
-                if len(label) != len(labels[0]):
-                    found = f"expected {len(labels[0])} values, found {len(label)}"
-                    raise InputError(f"{table.path}: line {line}: label: {found}")
-            values = np.stack(labels).astype(np.float64)
-            target_std = values.std(0)
-            target_std[target_std == 0] = 1.0  # a constant
-            return cls(kind, values.shape[1], values.mean(0).tolist(), target_std.tolist())
-        found = np.unique(np.concatenate(labels) if kind == PER_BASE else np.array(labels)).tolist()
-        if len(found) < 2 or found != list(range(len(found))):
-            expected = f"0 to {max(found[-1], 1)}, each at least once" if found[-1] < 1000 else "0 to C-1"
-            raise InputError(f"{table.path}: label: expected classes {expected}, found {_shorten(found)}")
-        return cls(kind, len(found))
 
-    @property
-    def problem_type(self) -> str:
-        """Hugging Face's name for it."""
-        return _PROBLEM_TYPES[self.kind]
+    @staticmethod
+    @abstractmethod
+    def parse_label(text: str) -> np.ndarray:
+        """One label; ValueError if it is not of the task's form."""
 
-    @property
-    def metric(self) -> str:
-        """The metric that chooses the best model on dev."""
-        return "pearson" if self.kind == REGRESSION else "mcc"
+    @abstractmethod
+    def describe_fault(self, label: np.ndarray) -> str | None:
+        """What a label has that those of training have not, if anything."""
+
+    @abstractmethod
+    def stack(self, labels: Sequence[np.ndarray]) -> Tensor:
+        """The labels of a batch, as `loss` takes them."""
+
+    @abstractmethod
+    def loss(self, logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+        """Mean loss of a batch in fp32.
+
+        Args:
+            logits: `[B, num_labels]`, or `[T, num_labels]` if they are per token.
+            labels: as `stack` makes them.
+            class_weights: `[num_labels]`; for tasks with classes alone.
+        """
+
+    @abstractmethod
+    def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Metrics by name, of all rows: logits as `stack_logits` makes them, labels as `stack` does.
+
+        Of several labels or targets it is the mean. What is undefined (a constant has no correlation) is 0 for MCC and
+        correlations; `auroc` is left out where a class is absent.
+        """
+
+    @abstractmethod
+    def predicted_columns(self, logits: np.ndarray, bases: np.ndarray | None = None, length: int = 0) -> dict[str, Any]:
+        """The columns of one row's prediction.
+
+        Args:
+            logits: `[num_labels]`, or `[tokens, num_labels]` if they are per token.
+            bases: of each token, 0 for special tokens; needed if logits are per token.
+            length: bases of the sequence, those that were cut off included; needed if logits are per token.
+        """
+
+    @classmethod
+    def parse(cls, table: Table) -> list[np.ndarray]:
+        """A file's labels, one array a row.
+
+        Raises:
+            InputError: the file has no labels, or one is not of the task's form.
+        """
+        if table.labels is None:
+            raise InputError(f"{table.path}: expected a column label with a label in each row, found none")
+        labels = []
+        for text, line in zip(table.labels, table.lines):
+            try:
+                labels.append(cls.parse_label(text))
+            except ValueError:
+                found = f"expected {cls.label_form}, found {text[:50]!r}"
+                raise InputError(f"{table.path}: line {line}: label: {found}") from None
+        return labels
 
     def labels_of(self, table: Table) -> list[np.ndarray]:
         """A file's labels, one array a row.
 
         Raises:
-            InputError: a label is not of the kind's form, or is a class, or has a length, that training does not have.
+            InputError: a label is not of the task's form, or is a class, or has a length, that training does not have.
         """
-        labels = parse_labels(self.kind, table)
-        for line, label in zip(table.lines, labels):
-            if self.kind in (REGRESSION, MULTI_LABEL):
-                if len(label) != self.num_labels:
-                    found = f"expected {self.num_labels} values, found {len(label)}"
-                    raise InputError(f"{table.path}: line {line}: label: {found}")
-            elif label.max() >= self.num_labels:
-                expected = f"a class from 0 to {self.num_labels - 1}, as in training"
-                raise InputError(f"{table.path}: line {line}: label: expected {expected}, found {label.max()}")
+        labels = self.parse(table)
+        for label, line in zip(labels, table.lines):
+            if (fault := self.describe_fault(label)) is not None:
+                raise InputError(f"{table.path}: line {line}: label: {fault}")
         return labels
 
-    def stack(self, labels: Sequence[np.ndarray]) -> Tensor:
-        """The labels of a batch: `[B]` int64, `[B, num_labels]` fp32, or, per base, `[T, num_labels]` fp32."""
-        if self.kind == PER_BASE:
-            return torch.from_numpy(np.concatenate(labels).astype(np.float32))
-        return torch.from_numpy(np.stack(labels).astype(np.int64 if self.kind == CLASSIFICATION else np.float32))
+    def align(self, labels: list[np.ndarray], bases: list[np.ndarray] | None) -> list[np.ndarray]:
+        """Labels as `stack` takes them; `bases` are those of each row's tokens, needed if logits are per token."""
+        return labels
 
-    def loss(self, logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-        """Mean loss in fp32: cross-entropy, mean squared error (of standardised targets) or binary cross-entropy.
+    def stack_logits(self, logits: Sequence[np.ndarray]) -> np.ndarray:
+        """The logits of all rows as `loss` and `metrics` take them."""
+        return np.stack(logits)
 
-        Per base, each base has its token's logits; those of special tokens, which have no bases, do not count.
-        """
-        logits = logits.float()
-        if self.kind == CLASSIFICATION:
-            return F.cross_entropy(logits, labels, class_weights)
-        if self.kind == REGRESSION:
-            if self.means is not None:
-                labels = (labels - labels.new_tensor(self.means)) / labels.new_tensor(self.target_std)
-            return F.mse_loss(logits, labels)
-        if self.kind == MULTI_LABEL:
-            return F.binary_cross_entropy_with_logits(logits, labels)
-        weights = labels if class_weights is None else labels * class_weights
-        return -(weights * logits.log_softmax(-1)).sum() / weights.sum()
+    def record(self) -> dict[str, Any]:
+        """What `task_from_record` needs; every kind has the same fields."""
+        return {"kind": self.kind, "num_labels": self.num_labels, "means": None, "target_std": None}
 
-    def restore(self, logits: np.ndarray) -> np.ndarray:
-        """Regression targets as they are labelled, from standardised ones `[..., num_labels]`."""
-        return logits if self.means is None else logits * np.array(self.target_std) + np.array(self.means)
+
+class _ClassTask(Task):
+    """Labels are classes, 0 to num_labels - 1."""
+
+    problem_type = "single_label_classification"
+    has_classes = True
+
+    @classmethod
+    def from_table(cls, table: Table) -> Self:
+        found = np.unique(np.hstack(cls.parse(table))).tolist()
+        if len(found) < 2 or found != list(range(len(found))):
+            expected = f"0 to {max(found[-1], 1)}, each at least once" if found[-1] < 1000 else "0 to C-1"
+            shown = ", ".join(map(str, found[:10])) + (", ..." if len(found) > 10 else "")
+            raise InputError(f"{table.path}: label: expected classes {expected}, found {shown}")
+        return cls(len(found))
+
+    def describe_fault(self, label: np.ndarray) -> str | None:
+        if label.max() < self.num_labels:
+            return None
+        return f"expected a class from 0 to {self.num_labels - 1}, as in training, found {label.max()}"
 
     def balanced_weights(self, labels: Sequence[np.ndarray]) -> list[float]:
         """A weight for each class, inverse to its frequency, 1 on average over all labels (as in scikit-learn)."""
-        classes = np.concatenate(labels) if self.kind == PER_BASE else np.stack(labels)
+        classes = np.hstack(labels)
         return (len(classes) / (self.num_labels * np.bincount(classes, minlength=self.num_labels))).tolist()
 
-    def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Metrics by name, of all rows: arrays as `stack` makes them, logits `[rows or tokens, num_labels]`.
 
-        Of several labels or targets it is the mean. What is undefined (a constant has no correlation) is 0 for MCC and
-        correlations; `auroc` is left out where a class is absent.
-        """
-        if self.kind == REGRESSION:
-            logits = self.restore(logits)
-            columns = list(zip(labels.T, logits.T))
-            return {
-                "pearson": float(np.mean([_correlation(pearsonr, *column) for column in columns])),
-                "spearman": float(np.mean([_correlation(spearmanr, *column) for column in columns])),
-                "mse": float(mean_squared_error(labels, logits)),
-            }
-        if self.kind == MULTI_LABEL:
-            predicted = logits > 0
-            pairs = list(zip(labels.T, predicted.T))
-            values = {
-                "mcc": np.mean([mcc(*pair) for pair in pairs]),
-                "accuracy": np.mean(labels == predicted),
-                "f1": f1_score(labels, predicted, average="macro", zero_division=0),
-            }
-            if all(0 < column.mean() < 1 for column in labels.T):
-                values["auroc"] = roc_auc_score(labels, logits, average="macro")
-            return {name: float(value) for name, value in values.items()}
-        predicted, counts = logits.argmax(-1), None
-        if self.kind == PER_BASE:
-            tokens, labels_of_tokens = labels.nonzero()
-            counts, predicted, labels = labels[tokens, labels_of_tokens], predicted[tokens], labels_of_tokens
-        values = {
-            "mcc": mcc(labels, predicted, counts),
-            "accuracy": accuracy_score(labels, predicted, sample_weight=counts),
-            "f1": f1_score(labels, predicted, average="macro", zero_division=0, sample_weight=counts),
-        }
-        if self.kind == CLASSIFICATION and len(np.unique(labels)) == self.num_labels:
+class Classification(_ClassTask):
+    """A class for each row; two classes or more. Labels are `[B]` int64, the loss is cross-entropy."""
+
+    kind = "classification"
+    label_form = "a class, 0, 1, 2, ..."
+
+    @staticmethod
+    def parse_label(text: str) -> np.ndarray:
+        if (value := int(text)) < 0:
+            raise ValueError
+        return np.array(value)
+
+    def stack(self, labels: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(labels).astype(np.int64))
+
+    def loss(self, logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, class_weights)
+
+    def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        values = _class_metrics(labels, logits.argmax(-1))
+        if len(np.unique(labels)) == self.num_labels:
             probabilities = softmax(logits.astype(np.float64), -1)
             scores = probabilities[:, 1] if self.num_labels == 2 else probabilities
-            values["auroc"] = roc_auc_score(labels, scores, multi_class="ovr")
+            values["auroc"] = float(roc_auc_score(labels, scores, multi_class="ovr"))
+        return values
+
+    def predicted_columns(self, logits: np.ndarray, bases: np.ndarray | None = None, length: int = 0) -> dict[str, Any]:
+        return {"prediction": int(logits.argmax()), **_name_probabilities(softmax(logits.astype(np.float64)))}
+
+
+class PerBase(_ClassTask):
+    """A class for each base, which has its token's logits.
+
+    Labels of a row are `[bases]` classes; `align` makes `[tokens, num_labels]` counts of each token's bases of them,
+    `stack` `[T, num_labels]` fp32. Loss and metrics count each base once; special tokens have none. The loss is
+    cross-entropy.
+    """
+
+    kind = "per-base"
+    label_form = "a digit for each base, its class"
+    is_per_token = True
+
+    @classmethod
+    def parse(cls, table: Table) -> list[np.ndarray]:
+        if table.labels is not None and table.is_pair:
+            raise InputError(f"{table.path}: expected one sequence a row for labels per base, found pairs")
+        labels = super().parse(table)
+        for label, (sequence,), line in zip(labels, table.sequences, table.lines):
+            if len(label) != len(sequence):
+                found = f"expected {len(sequence)} digits, one for each base, found {len(label)}"
+                raise InputError(f"{table.path}: line {line}: label: {found}")
+        return labels
+
+    @staticmethod
+    def parse_label(text: str) -> np.ndarray:
+        if not (text.isascii() and text.isdigit()):
+            raise ValueError
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int64) - ord("0")
+
+    def align(self, labels: list[np.ndarray], bases: list[np.ndarray] | None) -> list[np.ndarray]:
+        return [_count_by_token(label, row, self.num_labels) for label, row in zip(labels, bases)]
+
+    def stack(self, labels: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(labels).astype(np.float32))
+
+    def stack_logits(self, logits: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(logits)
+
+    def loss(self, logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+        weights = labels if class_weights is None else labels * class_weights
+        return -(weights * logits.float().log_softmax(-1)).sum() / weights.sum()
+
+    def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        tokens, classes = labels.nonzero()
+        return _class_metrics(classes, logits.argmax(-1)[tokens], labels[tokens, classes])
+
+    def predicted_columns(self, logits: np.ndarray, bases: np.ndarray | None = None, length: int = 0) -> dict[str, Any]:
+        classes = "".join(str(c) * n for c, n in zip(logits.argmax(-1).tolist(), bases.tolist()))
+        return {"prediction": classes.ljust(length, UNSEEN)}
+
+
+class _ValueTask(Task):
+    """Labels are `[num_labels]` fp32, and `[B, num_labels]` in a batch."""
+
+    @classmethod
+    def from_table(cls, table: Table) -> Self:
+        return cls(len(cls.parse(table)[0]))
+
+    def describe_fault(self, label: np.ndarray) -> str | None:
+        return None if len(label) == self.num_labels else f"expected {self.num_labels} values, found {len(label)}"
+
+    def stack(self, labels: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(labels).astype(np.float32))
+
+
+class MultiLabel(_ValueTask):
+    """Several labels a row, each 0 or 1. The loss is binary cross-entropy."""
+
+    kind = "multi-label"
+    problem_type = "multi_label_classification"
+    label_form = "0 or 1 for each label, separated by spaces"
+
+    @staticmethod
+    def parse_label(text: str) -> np.ndarray:
+        values = [float(value) for value in text.split()]
+        if not {0.0, 1.0}.issuperset(values):
+            raise ValueError
+        return np.array(values, np.float32)
+
+    def loss(self, logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits.float(), labels)
+
+    def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        predicted = logits > 0
+        values = {
+            "mcc": np.mean([mcc(*pair) for pair in zip(labels.T, predicted.T)]),
+            "accuracy": np.mean(labels == predicted),
+            "f1": f1_score(labels, predicted, average="macro", zero_division=0),
+        }
+        if all(0 < column.mean() < 1 for column in labels.T):
+            values["auroc"] = roc_auc_score(labels, logits, average="macro")
         return {name: float(value) for name, value in values.items()}
 
-    def describe_predictions(self, logits: np.ndarray, bases: np.ndarray | None = None) -> dict[str, Any]:
-        """The columns of one row's prediction.
+    def predicted_columns(self, logits: np.ndarray, bases: np.ndarray | None = None, length: int = 0) -> dict[str, Any]:
+        prediction = " ".join(str(int(value > 0)) for value in logits)
+        return {"prediction": prediction, **_name_probabilities(expit(logits.astype(np.float64)))}
 
-        Args:
-            logits: `[num_labels]`, or per base `[tokens, num_labels]`.
-            bases: of each token, per base only; 0 for special tokens.
-        """
-        if self.kind == REGRESSION:
-            return {"prediction": " ".join(f"{value:.6g}" for value in self.restore(logits))}
-        if self.kind == PER_BASE:
-            return {"prediction": "".join(str(c) * n for c, n in zip(logits.argmax(-1).tolist(), bases.tolist()))}
-        is_single = self.kind == CLASSIFICATION
-        probabilities = softmax(logits.astype(np.float64)) if is_single else expit(logits.astype(np.float64))
-        columns = {f"probability_{i}": f"{value:.6f}" for i, value in enumerate(probabilities)}
-        prediction = int(logits.argmax()) if is_single else " ".join(str(int(value > 0)) for value in logits)
-        return {"prediction": prediction, **columns}
+
+@dataclass(frozen=True)
+class Regression(_ValueTask):
+    """One number or several a row. The loss is the mean squared error of standardised targets.
+
+    A model is trained on, and gives, `(target - mean) / target_std`, with mean and standard deviation of each target in
+    training; without them, the targets themselves.
+    """
+
+    means: Sequence[float] | None = None
+    target_std: Sequence[float] | None = None
+
+    kind = "regression"
+    problem_type = "regression"
+    label_form = "a number, or several separated by spaces"
+    metric_names = ("pearson", "spearman", "mse")
+
+    @classmethod
+    def from_table(cls, table: Table) -> Self:
+        task = super().from_table(table)
+        values = np.stack(task.labels_of(table)).astype(np.float64)
+        target_std = values.std(0)
+        target_std[target_std == 0] = 1.0  # a constant
+        return cls(task.num_labels, values.mean(0).tolist(), target_std.tolist())
+
+    @staticmethod
+    def parse_label(text: str) -> np.ndarray:
+        values = [float(value) for value in text.split()]
+        if not all(map(math.isfinite, values)):
+            raise ValueError
+        return np.array(values, np.float32)
+
+    def loss(self, logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+        if self.means is not None:
+            labels = (labels - labels.new_tensor(self.means)) / labels.new_tensor(self.target_std)
+        return F.mse_loss(logits.float(), labels)
+
+    def restore(self, logits: np.ndarray) -> np.ndarray:
+        """Targets as they are labelled, from standardised ones `[..., num_labels]`."""
+        return logits if self.means is None else logits * np.array(self.target_std) + np.array(self.means)
+
+    def metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        predicted = self.restore(logits)
+        columns = list(zip(labels.T, predicted.T))
+        return {
+            "pearson": float(np.mean([_correlation(pearsonr, *column) for column in columns])),
+            "spearman": float(np.mean([_correlation(spearmanr, *column) for column in columns])),
+            "mse": float(mean_squared_error(labels, predicted)),
+        }
+
+    def predicted_columns(self, logits: np.ndarray, bases: np.ndarray | None = None, length: int = 0) -> dict[str, Any]:
+        return {"prediction": " ".join(f"{value:.6g}" for value in self.restore(logits))}
+
+    def record(self) -> dict[str, Any]:
+        return {**super().record(), "means": self.means, "target_std": self.target_std}
+
+
+TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Regression, MultiLabel, PerBase)}
+
+
+def task_from_record(record: dict[str, Any]) -> Task:
+    """The task that `Task.record` described; KeyError if the kind is unknown or a field is absent."""
+    task_class = TASKS[record["kind"]]
+    return task_class(**{field.name: record[field.name] for field in dataclasses.fields(task_class)})
 
 
 def mcc(truth: np.ndarray, prediction: np.ndarray, weights: np.ndarray | None = None) -> float:
@@ -191,44 +356,16 @@ def mcc(truth: np.ndarray, prediction: np.ndarray, weights: np.ndarray | None = 
     return float(matthews_corrcoef(truth, prediction, sample_weight=weights))
 
 
-def parse_labels(kind: str, table: Table) -> list[np.ndarray]:
-    """A file's labels, one array a row (see `Task`).
-
-    Raises:
-        InputError: the file has no labels, or one is not of the kind's form.
-    """
-    if table.labels is None:
-        raise InputError(f"{table.path}: expected a column label with a label in each row, found none")
-    if kind == PER_BASE and table.is_pair:
-        raise InputError(f"{table.path}: expected one sequence a row for labels per base, found pairs")
-    parsed = []
-    for text, sequences, line in zip(table.labels, table.sequences, table.lines):
-        try:
-            label = _parse_label(kind, text)
-        except ValueError:
-            found = f"expected {_FORMS[kind]}, found {text[:50]!r}"
-            raise InputError(f"{table.path}: line {line}: label: {found}") from None
-        if kind == PER_BASE and len(label) != len(sequences[0]):
-            found = f"expected {len(sequences[0])} digits, one for each base, found {len(label)}"
-            raise InputError(f"{table.path}: line {line}: label: {found}")
-        parsed.append(label)
-    return parsed
+def _class_metrics(truth: np.ndarray, prediction: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
+    return {
+        "mcc": mcc(truth, prediction, weights),
+        "accuracy": float(accuracy_score(truth, prediction, sample_weight=weights)),
+        "f1": float(f1_score(truth, prediction, average="macro", zero_division=0, sample_weight=weights)),
+    }
 
 
-def _parse_label(kind: str, text: str) -> np.ndarray:
-    if kind == PER_BASE:
-        if not (text.isascii() and text.isdigit()):
-            raise ValueError
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int64) - ord("0")
-    if kind == CLASSIFICATION:
-        value = int(text)
-        if value < 0:
-            raise ValueError
-        return np.array(value)
-    values = [float(value) for value in text.split()]
-    if not all(map(math.isfinite, values)) or (kind == MULTI_LABEL and not {0.0, 1.0}.issuperset(values)):
-        raise ValueError
-    return np.array(values, np.float32)
+def _name_probabilities(probabilities: np.ndarray) -> dict[str, str]:
+    return {f"probability_{index}": f"{value:.6f}" for index, value in enumerate(probabilities)}
 
 
 def _correlation(function: Any, truth: np.ndarray, prediction: np.ndarray) -> float:
@@ -236,5 +373,9 @@ def _correlation(function: Any, truth: np.ndarray, prediction: np.ndarray) -> fl
     return float(function(truth, prediction).statistic) if is_defined else 0.0
 
 
-def _shorten(values: list[int]) -> str:
-    return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
+def _count_by_token(label: np.ndarray, bases: np.ndarray, num_labels: int) -> np.ndarray:
+    """`[bases]` classes to `[tokens, num_labels]` counts; bases of tokens that were cut off are not counted."""
+    counts = np.zeros((len(bases), num_labels), np.float32)
+    token = np.repeat(np.arange(len(bases)), bases)
+    np.add.at(counts, (token, label[: len(token)]), 1)
+    return counts

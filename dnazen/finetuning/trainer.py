@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from dnazen.finetuning.model import Encoded, Encoder, predict_logits
+from dnazen.finetuning.logits import compute_logits
+from dnazen.finetuning.preprocessing import Encoded, Preprocessor
 from dnazen.finetuning.tasks import Task
 from dnazen.training.gradients import NormAtOnce
 
@@ -23,27 +24,27 @@ class FinetuningTrainer(Trainer):
     The best model so far lies in `best_dir`, whole, replaced by a better one; there are no other checkpoints.
 
     Args:
-        encoder: makes the batches.
+        preprocessor: makes the batches.
         task: for loss and metrics.
         train, dev: the encoded rows and their labels.
         class_weights: one for each class, or None.
     """
 
     def __init__(
-        self, *, encoder: Encoder, task: Task, train: tuple[Encoded, list[np.ndarray]],
+        self, *, preprocessor: Preprocessor, task: Task, train: tuple[Encoded, list[np.ndarray]],
         dev: tuple[Encoded, list[np.ndarray]], class_weights: list[float] | None, **kwargs: Any,
     ):  # fmt: skip
-        collate = encoder.make_collator()
+        collate = preprocessor.make_collator()
 
         def collate_rows(rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
             input_ids, labels = zip(*rows)
             return {**collate(list(input_ids)), "labels": task.stack(labels)}
 
-        dataset = list(zip(train[0].input_ids, train[0].labels(task, train[1]), strict=True))
+        dataset = list(zip(train[0].input_ids, task.align(train[1], train[0].bases), strict=True))
         super().__init__(train_dataset=dataset, eval_dataset=dev[0].input_ids, data_collator=collate_rows, **kwargs)
         self.add_callback(NormAtOnce())
-        self.encoder, self.task = encoder, task
-        self.dev_labels = task.stack(dev[0].labels(task, dev[1]))
+        self.preprocessor, self.task = preprocessor, task
+        self.dev_labels = task.stack(task.align(dev[1], dev[0].bases))
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=self.args.device)
         self.loss_is_scaled_for_ga = False  # ours is a mean over the batch
         self.best_dir = Path(self.args.output_dir) / ".best.tmp"
@@ -63,12 +64,12 @@ class FinetuningTrainer(Trainer):
         """
         model = self.model_wrapped
         model.eval()
-        logits = predict_logits(model, self.encoder, self.task, self.eval_dataset)
-        stacked = np.concatenate(logits) if logits[0].ndim == 2 else np.stack(logits)
+        logits = compute_logits(model, self.preprocessor, self.task, self.eval_dataset)
+        stacked = self.task.stack_logits(logits)
         loss = float(self.task.loss(torch.from_numpy(stacked), self.dev_labels))
         if not math.isfinite(loss):
             step = self.state.global_step
-            raise FloatingPointError(f"step {step}: the loss on dev is {loss}; try a lower --learning_rate")
+            raise FloatingPointError(f"step {step}: the loss on dev is {loss}; try a lower --learning-rate")
         metrics = {**self.task.metrics(stacked, self.dev_labels.numpy()), "loss": loss}
         (metrics,) = broadcast_object_list([{f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}])
         self.log(dict(metrics))
@@ -78,7 +79,7 @@ class FinetuningTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self.encoder.save(output_dir)
+            self.preprocessor.save(output_dir)
             # a pickle that nothing here reads, and peft's empty model card
             for name in (TRAINING_ARGS_NAME, "README.md"):
                 (Path(output_dir) / name).unlink(missing_ok=True)

@@ -12,17 +12,17 @@ from sklearn.linear_model import LogisticRegression
 
 from dnazen.files import InputError, write_json
 from dnazen.finetuning.data import PREDICTIONS_FILE, REPORT_FILE, read_splits
-from dnazen.finetuning.tasks import CLASSIFICATION, Task, mcc
+from dnazen.finetuning.tasks import Classification, mcc
 
 NAME = "kmer-lr"
 KS, STRENGTHS = (3, 4, 5, 6, 7), (0.001, 0.01, 0.1, 1.0)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run on one data set: `python -m dnazen.gue.kmer --data DIR --output_dir DIR`."""
+    """Run on one data set: `python -m dnazen.gue.kmer --data DIR --output-dir DIR`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--output-dir", required=True)
     args = parser.parse_args(argv)
     try:
         run_kmers(args.data, Path(args.output_dir))
@@ -39,7 +39,7 @@ def run_kmers(data: str, output_dir: Path) -> None:
     """
     started = time.perf_counter()
     tables = read_splits(data)
-    task = Task.of(CLASSIFICATION, tables["train"])
+    task = Classification.from_table(tables["train"])
     labels = {split: np.stack(task.labels_of(table)) for split, table in tables.items()}
     texts = {split: [" ".join(row) for row in table.sequences] for split, table in tables.items()}
     best: tuple[float, int, float] = (-2.0, 0, 0.0)
@@ -56,7 +56,7 @@ def run_kmers(data: str, output_dir: Path) -> None:
     report = {split: task.metrics(logits[split], labels[split]) for split in logits}
     output_dir.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"sequence": text, "label": label, **task.describe_predictions(row)}
+        {"sequence": text, "label": label, **task.predicted_columns(row)}
         for text, label, row in zip(texts["test"], labels["test"].tolist(), logits["test"])
     ]
     with open(output_dir / PREDICTIONS_FILE, "w", newline="") as file:

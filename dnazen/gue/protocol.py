@@ -5,11 +5,8 @@ all; 8 sequences on each of 4 GPUs, "global batch size 32" (virus/covid: 32 on e
 the others have); evaluated every 200 or 400 steps.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
-from dnazen.files import InputError
-from dnazen.finetuning.data import SPLITS, find_splits
 from dnazen.gue.paper import DATASETS
 
 LEARNING_RATE = 3e-5
@@ -44,41 +41,3 @@ def _protocol(dataset: str) -> Protocol:
 
 
 PROTOCOLS = {dataset: _protocol(dataset) for dataset in DATASETS}
-
-
-def choose_datasets(folder: Path, chosen: list[str] | None) -> tuple[dict[str, Path], dict[str, str]]:
-    """The data sets under a folder that can be run, and why each other one cannot.
-
-    Args:
-        folder: with a folder for each data set, as published: `prom/prom_core_tata`, `mouse/2`, ...
-        chosen: names, with or without the folder above; None for all.
-
-    Raises:
-        InputError: a name is unknown, or what it names cannot be run; nothing can be run.
-    """
-    # tf/0 and mouse/0 are no names without what is above
-    short = {name.split("/")[1]: name for name in DATASETS if not name.startswith(("tf/", "mouse/"))}
-    names = {**short, **{name: name for name in DATASETS}}
-    if unknown := sorted(set(chosen or ()) - names.keys()):
-        raise InputError(f"--tasks: expected data sets of GUE ({', '.join(DATASETS)}), found {', '.join(unknown)}")
-    present, absent = {}, {}
-    for name in DATASETS:
-        try:
-            splits = find_splits(folder / name)
-        except InputError as error:
-            absent[name] = f"unclear: {error}"
-            continue
-        missing = [split for split in SPLITS if split not in splits]
-        if not missing:
-            present[name] = folder / name
-        else:
-            absent[name] = "absent" if len(missing) == len(SPLITS) else f"without {' and '.join(missing)}"
-    if chosen:
-        wanted = list(dict.fromkeys(names[name] for name in chosen))
-        if unusable := [f"{name} {absent[name]}" for name in wanted if name in absent]:
-            expected = f"{', '.join(SPLITS)} of each data set of --tasks"
-            raise InputError(f"{folder}: expected {expected}, found {'; '.join(unusable)}")
-        present = {name: present[name] for name in wanted}
-    if not present:
-        raise InputError(f"{folder}: expected data sets of GUE (such as {DATASETS[-2]}/train.csv), found none")
-    return present, absent

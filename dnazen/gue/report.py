@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dnazen.finetuning.data import PREDICTIONS_FILE, REPORT_FILE, SPLITS, Overlap, describe_overlap
+from dnazen.files import atomic_file
+from dnazen.finetuning.data import PREDICTIONS_FILE, REPORT_FILE, SPLITS, Overlap
 from dnazen.finetuning.tasks import mcc
+from dnazen.gue.datasets import describe_data
 from dnazen.gue.paper import AVERAGE_NGRAMS, DATASETS, TABLES, mcc_of
 
 # the paper's models that stand beside ours, and the table each is from
@@ -25,8 +27,8 @@ DENSITIES = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None))
 def write_report(
     output_dir: Path, models: list[str], results: list[dict[str, Any]], failed: dict[str, str], absent: dict[str, str],
     overlaps: dict[str, dict[str, Overlap]], settings: dict[str, Any],
-) -> None:  # fmt: skip
-    """Write `report.md`, `results.csv` (a line a job), `density.csv` and `gue.png`, and print the first.
+) -> str:  # fmt: skip
+    """Write `report.md`, `results.csv` (a line a job), `density.csv` and `gue.png`.
 
     Args:
         output_dir: where to.
@@ -36,6 +38,9 @@ def write_report(
         absent: data sets that were not run, and why.
         overlaps: repeats and leaks by data set and split.
         settings: what was the same for all jobs.
+
+    Returns:
+        The text of `report.md`.
     """
     for result in results:
         report = json.loads((result["folder"] / REPORT_FILE).read_text())
@@ -47,12 +52,11 @@ def write_report(
     density = list(score_by_density(results))
     _write_csv(output_dir / "density.csv", density)
     text = format_report(models, results, failed, absent, overlaps, settings, density)
-    temporary = output_dir / "report.md.tmp"
-    temporary.write_text(text)
-    temporary.rename(output_dir / "report.md")
+    with atomic_file(output_dir / "report.md", may_exist=True) as path:
+        path.write_text(text)
     if results:
         plot_results(output_dir / "gue.png", models, results)
-    print(text)
+    return text
 
 
 def format_report(
@@ -118,19 +122,6 @@ def format_report(
     return "\n".join(lines).rstrip() + "\n"
 
 
-def describe_data(overlaps: dict[str, dict[str, Overlap]], absent: dict[str, str]) -> list[str]:
-    """The data sets that have repeats or leaks, a line each, and those that were not run, a line for each reason."""
-    lines = [
-        f"{dataset}: " + "; ".join(describe_overlap(split, overlap) for split, overlap in splits.items())
-        for dataset, splits in overlaps.items()
-        if any(any(overlap[1:]) for overlap in splits.values())
-    ]
-    for reason in dict.fromkeys(absent.values()):
-        names = [name for name, other in absent.items() if other == reason]
-        lines.append(f"not run, because {reason}: {', '.join(names)}")
-    return lines
-
-
 def score_by_density(results: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     """Accuracy and MCC of each model on each data set by how many G-grams match in a sequence, over all seeds.
 
@@ -192,9 +183,8 @@ def plot_results(path: Path, models: list[str], results: list[dict[str, Any]]) -
         axes.set_title(f"green: {models[0]} is ahead of the others run here; red: it is not", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncol=3, fontsize=8, frameon=False)
-    temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, dpi=100, format="png")
-    temporary.rename(path)
+    with atomic_file(path, may_exist=True) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
 
 
 def _select(results: list[dict[str, Any]], dataset: str, model: str) -> list[dict[str, Any]]:
@@ -253,9 +243,7 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", newline="") as file:
+    with atomic_file(path, may_exist=True) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["dataset"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    temporary.rename(path)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dnazen.files import InputError
 from dnazen.finetuning.data import Table, count_overlaps, find_splits, read_table
-from dnazen.finetuning.tasks import Task, parse_labels
+from dnazen.finetuning.tasks import TASKS, Classification, PerBase
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_absent_and_truncated_files_are_refused(write, tmp_path):
 def test_labels_that_do_not_fit_the_task_are_refused(write, kind, labels, message):
     table = read_table(write("sequence,label\n" + "".join(f"ACGT,{label}\n" for label in labels)))
     with pytest.raises(InputError) as error:
-        Task.of(kind, table).labels_of(table)
+        TASKS[kind].from_table(table).labels_of(table)
     assert str(table.path) in str(error.value) and message in str(error.value)
 
 
@@ -83,13 +83,13 @@ def test_class_that_training_does_not_have_is_refused(write):
     train = read_table(write("sequence,label\nACGT,0\nACGT,1\n"))
     dev = read_table(write("sequence,label\nACGT,0\nACGT,2\n", "dev.csv"))
     with pytest.raises(InputError, match=r"dev.csv: line 3: label: expected a class from 0 to 1, .* found 2"):
-        Task.of("classification", train).labels_of(dev)
+        Classification.from_table(train).labels_of(dev)
 
 
 def test_pairs_have_no_labels_per_base(write):
     table = read_table(write("sequence1,sequence2,label\nACGT,ACGT,0011\n"))
     with pytest.raises(InputError, match="found pairs"):
-        parse_labels("per-base", table)
+        PerBase.parse(table)
 
 
 def test_one_file_for_each_split(write):

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from dnazen.files import InputError
 from dnazen.finetuning.arguments import FinetuningArguments, FinetuningDataArguments
 from dnazen.finetuning.data import SPLITS, read_table
-from dnazen.finetuning.model import open_finetuned
+from dnazen.finetuning.finetuned import open_finetuned
 from dnazen.finetuning.predict import predict
 from dnazen.finetuning.run import finetune
 from dnazen.models import DNAZenForSequenceClassification
@@ -57,11 +57,11 @@ def test_learns_and_writes_a_folder_that_everything_reads(model_folder, data, tm
     final = tmp_path / "run" / "final"
     assert not list(final.glob("*.bin")) and (final / "ngram.json").is_file()
     finetuned = open_finetuned(final)
-    encoded = finetuned.encoder.encode(read_table(data / "test.csv"), finetuned.task)
-    logits = np.stack(finetuned.predict(encoded))
+    encoded = finetuned.preprocessor.encode(read_table(data / "test.csv"), finetuned.task)
+    logits = np.stack(finetuned.compute_logits(encoded))
     model = DNAZenForSequenceClassification.from_pretrained(final).eval()
     with torch.no_grad():
-        batch = finetuned.encoder.make_collator()(encoded.input_ids)
+        batch = finetuned.preprocessor.make_collator()(encoded.input_ids)
         np.testing.assert_allclose(model(**batch).logits.numpy(), logits, rtol=0, atol=1e-5)
     count, metrics = predict(final, data / "test.csv", tmp_path / "predicted")
     assert count == 24 and metrics == report["test"]
@@ -70,7 +70,7 @@ def test_learns_and_writes_a_folder_that_everything_reads(model_folder, data, tm
     assert [int(row["prediction"]) for row in rows] == logits.argmax(-1).tolist()
     expected = torch.from_numpy(logits).double().softmax(-1)[:, 1].tolist()
     assert [float(row["probability_1"]) for row in rows] == pytest.approx(expected, abs=1e-6)
-    assert [int(row["ngrams"]) for row in rows] == finetuned.encoder.count_ngrams(encoded.input_ids)
+    assert [int(row["ngrams"]) for row in rows] == finetuned.preprocessor.count_ngrams(encoded.input_ids)
 
 
 def test_best_model_is_that_of_its_step(model_folder, data, tmp_path):
@@ -89,7 +89,7 @@ def test_early_stopping(model_folder, data, tmp_path):
 
 
 def test_loss_that_is_not_finite_ends_the_run(model_folder, data, tmp_path):
-    with pytest.raises(FloatingPointError, match="the loss on dev is nan; try a lower --learning_rate"):
+    with pytest.raises(FloatingPointError, match="the loss on dev is nan; try a lower --learning-rate"):
         tune(model_folder, data, tmp_path / "run", learning_rate=1e30)
     assert not (tmp_path / "run" / "final").exists()
 
@@ -128,7 +128,8 @@ def test_dev_and_test_are_computed_alike(model_folder, tmp_path):
     (data / "test.csv").write_bytes((data / "dev.csv").read_bytes())
     report = tune(model_folder, data, tmp_path / "run", task="regression", bf16=True, attn_implementation="eager")
     assert {name: report["dev"][name] for name in report["test"]} == report["test"]
-    _, metrics = predict(tmp_path / "run" / "final", data / "test.csv", tmp_path / "predicted", "eager")
+    final, test = tmp_path / "run" / "final", data / "test.csv"
+    _, metrics = predict(final, test, tmp_path / "predicted", attn_implementation="eager")
     assert metrics == report["test"]
 
 
@@ -146,8 +147,8 @@ def test_columns_of_the_input_are_kept(model_folder, data, tmp_path, caplog):
     assert "1 of 2 rows have a label" in caplog.text and "replaced in the predictions: columns ngrams" in caplog.text
 
 
-def _is_longer(encoder, row, max_length):
-    tokens = [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in row]
+def _is_longer(preprocessor, row, max_length):
+    tokens = [preprocessor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in row]
     return sum(map(len, tokens)) + len(tokens) + 1 > max_length
 
 
@@ -202,8 +203,11 @@ def test_each_task_trains_and_predicts(model_folder, tmp_path, make_row, task, m
     data = write_splits(tmp_path / "data", make_row)
     report = tune(model_folder, data, tmp_path / "run", task=task, max_length=12)
     assert set(report["test"]) == metrics
-    encoder, read = open_finetuned(tmp_path / "run" / "final").encoder, lambda split: read_table(data / f"{split}.csv")
-    expected = {split: sum(_is_longer(encoder, row, 12) for row in read(split).sequences) for split in SPLITS}
+    preprocessor = open_finetuned(tmp_path / "run" / "final").preprocessor
+    tables = {split: read_table(data / f"{split}.csv") for split in SPLITS}
+    expected = {
+        split: sum(_is_longer(preprocessor, row, 12) for row in table.sequences) for split, table in tables.items()
+    }
     assert report["num_truncated"] == expected and expected["test"] > 0
     count, found = predict(tmp_path / "run" / "final", data / "test.csv", tmp_path / "predicted")
     assert count == 24 and found == report["test"]
@@ -247,12 +251,12 @@ def test_pairs_and_single_sequences_are_not_confused(model_folder, data, tmp_pat
         ({"eval_delay": 2}, "--eval_delay is not supported"),
         ({"bf16_full_eval": True}, "--bf16_full_eval has no effect"),
         ({"do_train": True}, "--do_train has no effect"),
-        ({"eval_strategy": "no"}, "--eval_strategy must be epoch or steps"),
-        ({"metric_for_best_model": "speed"}, "--metric_for_best_model: expected accuracy, f1, loss, mcc"),
-        ({"lora_alpha": 4}, "--lora_alpha needs --lora_rank"),
-        ({"lora_rank": 0}, "--lora_rank must be at least 1"),
-        ({"class_weights": ["1"]}, "--class_weights: expected `balanced` or 2 numbers above 0, found 1"),
-        ({"class_weights": ["balanced"], "task": "regression"}, "--class_weights does not go with --task regression"),
+        ({"eval_strategy": "no"}, "--eval-strategy must be epoch or steps"),
+        ({"metric_for_best_model": "speed"}, "--metric-for-best-model: expected accuracy, f1, loss, mcc"),
+        ({"lora_alpha": 4}, "--lora-alpha needs --lora-rank"),
+        ({"lora_rank": 0}, "--lora-rank must be at least 1"),
+        ({"class_weights": ["1"]}, "--class-weights: expected `balanced` or 2 numbers above 0, found 1"),
+        ({"class_weights": ["balanced"], "task": "regression"}, "--class-weights does not go with --task regression"),
     ],
 )
 def test_arguments_that_cannot_be_heeded_are_refused(model_folder, data, tmp_path, arguments, message):

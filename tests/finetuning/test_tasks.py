@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, roc_auc_score
 
-from dnazen.finetuning.tasks import Task
+from dnazen.finetuning.tasks import Classification, MultiLabel, PerBase, Regression
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def rng():
 
 def test_per_base_is_a_loop_over_bases(rng):
     """Each base counts once, with its token's logits: loss and metrics."""
-    task = Task("per-base", 3)
+    task = PerBase(3)
     bases = rng.integers(0, 5, 30)  # of each token; special tokens have none
     classes = rng.integers(0, 3, bases.sum())
     logits = rng.normal(size=(30, 3)).astype(np.float32)
@@ -37,7 +37,7 @@ def test_per_base_is_a_loop_over_bases(rng):
 
 
 def test_classification(rng):
-    task, labels = Task("classification", 2), rng.integers(0, 2, 50)
+    task, labels = Classification(2), rng.integers(0, 2, 50)
     logits = rng.normal(size=(50, 2)).astype(np.float32)
     found = task.metrics(logits, labels)
     assert found["mcc"] == pytest.approx(np.corrcoef(labels, logits.argmax(-1))[0, 1])
@@ -49,21 +49,21 @@ def test_classification(rng):
 
 
 def test_balanced_weights_make_classes_equal():
-    weights = Task("classification", 2).balanced_weights([np.array(c) for c in (0, 0, 0, 1)])
+    weights = Classification(2).balanced_weights([np.array(c) for c in (0, 0, 0, 1)])
     assert weights == pytest.approx([4 / 6, 2.0])
 
 
 def test_regression_and_what_is_undefined(rng):
-    task, truth = Task("regression", 1), rng.normal(size=(20, 1)).astype(np.float32)
+    task, truth = Regression(1), rng.normal(size=(20, 1)).astype(np.float32)
     found = task.metrics(2 * truth + 1, truth)
     assert found["pearson"] == pytest.approx(1) and found["spearman"] == pytest.approx(1)
     assert found["mse"] == pytest.approx(float(((truth + 1) ** 2).mean()), rel=1e-6)
     assert task.metrics(np.zeros_like(truth), truth)["pearson"] == 0
-    assert Task("classification", 2).metrics(np.array([[1.0, 0.0]] * 4), np.zeros(4, int))["mcc"] == 0
+    assert Classification(2).metrics(np.array([[1.0, 0.0]] * 4), np.zeros(4, int))["mcc"] == 0
 
 
 def test_multi_label_is_the_mean_of_its_labels(rng):
-    task, logits = Task("multi-label", 3), rng.normal(size=(40, 3)).astype(np.float32)
+    task, logits = MultiLabel(3), rng.normal(size=(40, 3)).astype(np.float32)
     labels = rng.integers(0, 2, (40, 3)).astype(np.float32)
     columns = [matthews_corrcoef(labels[:, i], logits[:, i] > 0) for i in range(3)]
     assert task.metrics(logits, labels)["mcc"] == pytest.approx(np.mean(columns))

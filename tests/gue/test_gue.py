@@ -16,9 +16,10 @@ from sklearn.metrics import matthews_corrcoef
 from dnazen.cli.main import main
 from dnazen.files import InputError
 from dnazen.gue import paper
+from dnazen.gue.datasets import choose_datasets
 from dnazen.gue.kmer import run_kmers
-from dnazen.gue.launch import list_models
-from dnazen.gue.protocol import PROTOCOLS, choose_datasets
+from dnazen.gue.models import list_models
+from dnazen.gue.protocol import PROTOCOLS
 from dnazen.gue.report import score_by_density
 from tests.finetuning.conftest import data, model_folder, motif_row, write_splits  # noqa: F401
 from tests.helpers.launch import environment
@@ -111,7 +112,7 @@ def test_labels_of_models(model_folder, tmp_path):  # noqa: F811
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_ngrams": False}))
     assert [m.label for m in list_models(names, True)] == ["a", "a, no G-grams", "b"]
     same = [str(tmp_path / "c" / "x"), str(tmp_path / "d" / "x")]
-    assert [m.label for m in list_models(same, False)] == ["c-x", "d-x"]
+    assert [m.label for m in list_models(same, False)] == ["c/x", "d/x"]
     with pytest.raises(InputError, match="expected different models"):
         list_models([names[0], f"{names[0]}/."], False)
     shutil.copytree(model_folder, tmp_path / "b", dirs_exist_ok=True)
