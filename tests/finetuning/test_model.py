@@ -117,9 +117,8 @@ def test_bases_of_tokens_add_up_to_the_sequence(model_folder, sequences):
     encoded = preprocessor.encode(table_of(*sequences), task)
     for (text,), ids, bases in zip(sequences, encoded.input_ids, encoded.bases):
         assert bases.sum() == len(text) and len(bases) == len(ids) + 2 and bases[0] == bases[-1] == 0
-        assert [len(token) for token in preprocessor.tokenizer.convert_ids_to_tokens(ids.tolist())] == bases[
-            1:-1
-        ].tolist()
+        tokens = preprocessor.tokenizer.convert_ids_to_tokens(ids.tolist())
+        assert [len(token) for token in tokens] == bases[1:-1].tolist()
 
 
 @pytest.mark.parametrize("length, expected", [(2, "at least 3"), (0, "at least 3")])

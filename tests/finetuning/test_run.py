@@ -1,8 +1,10 @@
 """Fine-tuning from its arguments to its folder, in this process and as a command."""
 
 import csv
+import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -23,6 +25,7 @@ from tests.helpers.launch import PROGRAMS, ROOT, environment, run
 
 SCRIPT = ROOT / "dnazen" / "finetune.py"
 WITHOUT_SEARCH = PROGRAMS / "without_search.py"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = {"learning_rate": 3e-3, "num_train_epochs": 2, "warmup_steps": 0, "per_device_train_batch_size": 16}
 
 
@@ -36,6 +39,13 @@ def tune(model, data, output_dir, **arguments) -> dict:
     return json.loads((output_dir / "report.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def learnt(model_folder, data, tmp_path_factory):
+    """A run that has learnt `data`, and its report. Tests only read it."""
+    folder = tmp_path_factory.mktemp("learnt") / "run"
+    return folder, tune(model_folder, data, folder, num_train_epochs=10)
+
+
 def assert_same_file(one, other):
     assert one.read_bytes() == other.read_bytes()
 
@@ -45,16 +55,16 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def test_learns_and_writes_a_folder_that_everything_reads(model_folder, data, tmp_path):
+def test_learns_and_writes_a_folder_that_everything_reads(learnt, data, tmp_path):
     """The model is learnt; `from_pretrained`, `predict` and the run itself give the same logits for the test split."""
-    report = tune(model_folder, data, tmp_path / "run", num_train_epochs=10)
+    folder, report = learnt
     assert report["test"]["mcc"] > 0.8, "three copies of a motif are easy"
     evaluations = [entry for entry in report["log"] if "eval_mcc" in entry]
     best = max(evaluations, key=lambda entry: entry["eval_mcc"])
     assert report["dev"]["mcc"] == best["eval_mcc"] and report["best_step"] == best["step"]
-    assert not list((tmp_path / "run").glob("*.tmp")) and not (tmp_path / "run" / ".best.tmp").exists()
+    assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
 
-    final = tmp_path / "run" / "final"
+    final = folder / "final"
     assert not list(final.glob("*.bin")) and (final / "ngram.json").is_file()
     finetuned = open_finetuned(final)
     encoded = finetuned.preprocessor.encode(read_table(data / "test.csv"), finetuned.task)
@@ -65,7 +75,7 @@ def test_learns_and_writes_a_folder_that_everything_reads(model_folder, data, tm
         np.testing.assert_allclose(model(**batch).logits.numpy(), logits, rtol=0, atol=1e-5)
     count, metrics = predict(final, data / "test.csv", tmp_path / "predicted")
     assert count == 24 and metrics == report["test"]
-    assert_same_file(tmp_path / "predicted" / "predictions.csv", tmp_path / "run" / "predictions.csv")
+    assert_same_file(tmp_path / "predicted" / "predictions.csv", folder / "predictions.csv")
     rows = read_rows(tmp_path / "predicted" / "predictions.csv")
     assert [int(row["prediction"]) for row in rows] == logits.argmax(-1).tolist()
     expected = torch.from_numpy(logits).double().softmax(-1)[:, 1].tolist()
@@ -78,7 +88,7 @@ def test_best_model_is_that_of_its_step(model_folder, data, tmp_path):
     report = tune(model_folder, data, tmp_path / "long", max_steps=12, eval_strategy="steps", eval_steps=2)
     kept = open_finetuned(tmp_path / "long" / "final")
     table = read_table(data / "dev.csv")
-    logits = np.stack(kept.predict(kept.encoder.encode(table, kept.task)))
+    logits = np.stack(kept.compute_logits(kept.preprocessor.encode(table, kept.task)))
     assert kept.task.metrics(logits, np.array(kept.task.labels_of(table)))["mcc"] == pytest.approx(report["dev"]["mcc"])
 
 
@@ -133,11 +143,55 @@ def test_dev_and_test_are_computed_alike(model_folder, tmp_path):
     assert metrics == report["test"]
 
 
-def test_columns_of_the_input_are_kept(model_folder, data, tmp_path, caplog):
+def test_fasta_is_read_as_csv_is(learnt, data, tmp_path, caplog):
+    """Each record is predicted as a row of the same sequence, in lines of any length and either case, and named."""
+    texts = [row["sequence"] for row in read_rows(data / "test.csv")]
+    lines = [f">record{i} of the test\n{text[:9]}\n{text[9:].lower()}\n" for i, text in enumerate(texts)]
+    (tmp_path / "test.fa.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    count, metrics = predict(learnt[0] / "final", tmp_path / "test.fa.gz", tmp_path / "predicted")
+    assert count == 24 and metrics == {} and not (tmp_path / "predicted" / "metrics.json").exists()
+    found = read_rows(tmp_path / "predicted" / "predictions.csv")
+    assert [row.pop("name") for row in found] == [f"record{i}" for i in range(24)]
+    for row, expected in zip(found, read_rows(learnt[0] / "predictions.csv"), strict=True):
+        del expected["label"]
+        assert row == expected
+    (tmp_path / "unclear.fa").write_text(">one\nACGTACGTNNTTGACA\n>two\nACGT\n")
+    predict(learnt[0] / "final", tmp_path / "unclear.fa", tmp_path / "unclear")
+    assert "2 letters other than A, C, G, T, in 1 of 2 records" in caplog.text
+    (tmp_path / "none.fa").write_text("ACGT\n")
+    with pytest.raises(InputError, match="Expected '>' at the start of a record"):
+        predict(learnt[0] / "final", tmp_path / "none.fa", tmp_path / "none")
+
+
+def test_precision_that_is_asked_for_wins_over_that_of_training(learnt, data, tmp_path):
+    """A record of training in bf16 gives what `bf16` gives; either name has its way with either record."""
+    final, record = learnt[0] / "final", json.loads((learnt[0] / "final" / "finetune.json").read_text())
+    copy = shutil.copytree(final, tmp_path / "copy")
+    (copy / "finetune.json").write_text(json.dumps({**record, "autocast": {DEVICE: "bfloat16"}}))
+    found = {}
+    for name, folder, precision in (
+        ("recorded", copy, None), ("asked", final, "bf16"), ("refused", copy, "fp32"), ("plain", final, "fp32")
+    ):  # fmt: skip
+        predict(folder, data / "test.csv", tmp_path / name, precision)
+        found[name] = (tmp_path / name / "predictions.csv").read_bytes()
+    assert found["recorded"] == found["asked"] != found["plain"] == found["refused"]
+    with pytest.raises(InputError, match="precision: expected fp32 or bf16, found half"):
+        predict(final, data / "test.csv", tmp_path / "other", "half")
+
+
+@pytest.mark.parametrize("change, found", [({"kind": "ranking"}, "ranking"), ({"num_labels": None}, "num_labels")])
+def test_record_of_no_task_is_refused(learnt, tmp_path, change, found):
+    record = {**json.loads((learnt[0] / "final" / "finetune.json").read_text()), **change}
+    kept = {name: value for name, value in record.items() if value is not None}
+    (tmp_path / "finetune.json").write_text(json.dumps(kept))
+    with pytest.raises(InputError, match=f"finetune.json: expected a task of this version, found none: '{found}'"):
+        open_finetuned(tmp_path)
+
+
+def test_columns_of_the_input_are_kept(learnt, tmp_path, caplog):
     """Also labels that some rows do not have, for which there are no metrics; ours win, and both are said."""
-    tune(model_folder, data, tmp_path / "run", max_steps=1)
     (tmp_path / "in.csv").write_text("name,sequence,label,ngrams\none,ACGTACGT,1,x\ntwo,TTGACCAA,,y\n")
-    _, metrics = predict(tmp_path / "run" / "final", tmp_path / "in.csv", tmp_path / "predicted")
+    _, metrics = predict(learnt[0] / "final", tmp_path / "in.csv", tmp_path / "predicted")
     rows = read_rows(tmp_path / "predicted" / "predictions.csv")
     assert metrics == {} and not (tmp_path / "predicted" / "metrics.json").exists()
     assert [(row["name"], row["sequence"], row["label"]) for row in rows] == [
@@ -228,11 +282,10 @@ def test_rare_class_is_found_with_weights(model_folder, tmp_path):
         assert str(expected) in predictions and (expected == 0 or predictions == {"1"})
 
 
-def test_pairs_and_single_sequences_are_not_confused(model_folder, data, tmp_path):
-    tune(model_folder, data, tmp_path / "run", max_steps=1)
+def test_pairs_and_single_sequences_are_not_confused(learnt, model_folder, data, tmp_path):
     pairs = write_splits(tmp_path / "pairs", pair_row)
     with pytest.raises(InputError, match="expected single sequences, as the model was trained on, found pairs"):
-        predict(tmp_path / "run" / "final", pairs / "test.csv", tmp_path / "predicted")
+        predict(learnt[0] / "final", pairs / "test.csv", tmp_path / "predicted")
     assert not (tmp_path / "predicted").exists()
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "train.csv").symlink_to(data / "train.csv")

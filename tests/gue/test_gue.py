@@ -18,6 +18,7 @@ from dnazen.files import InputError
 from dnazen.gue import paper
 from dnazen.gue.datasets import choose_datasets
 from dnazen.gue.kmer import run_kmers
+from dnazen.gue.launch import run_gue
 from dnazen.gue.models import list_models
 from dnazen.gue.protocol import PROTOCOLS
 from dnazen.gue.report import score_by_density
@@ -43,15 +44,16 @@ def arguments(gue, output_dir, *models, **options):
 
 
 @pytest.fixture
-def launch(capfd, monkeypatch):
-    """Run the launcher in this process, its jobs in theirs; what it printed."""
+def launch(capfd, caplog, monkeypatch):
+    """Run the launcher in this process, its jobs in theirs; what it printed and logged."""
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
 
     def launch(*args, expect=0, **options):
         capfd.readouterr()
+        caplog.clear()
         status = main(arguments(*args, **options))
-        output = "".join(capfd.readouterr())
+        output = "".join((*capfd.readouterr(), caplog.text))
         assert status == expect, output
         return output
 
@@ -113,6 +115,11 @@ def test_labels_of_models(model_folder, tmp_path):  # noqa: F811
     assert [m.label for m in list_models(names, True)] == ["a", "a, no G-grams", "b"]
     same = [str(tmp_path / "c" / "x"), str(tmp_path / "d" / "x")]
     assert [m.label for m in list_models(same, False)] == ["c/x", "d/x"]
+    assert {m.job_folder for m in list_models(same, False)} == {"c-x", "d-x"}
+    # a folder that is only called `model` takes the name of what it lies in; where its jobs lie does not change
+    untelling = [str(shutil.copytree(model_folder, tmp_path / name)) for name in ("e/model/final", "e-model")]
+    (first, second) = list_models(untelling, False)
+    assert (first.label, first.job_folder, second.label) == ("e/model", "model", "e-model")
     with pytest.raises(InputError, match="expected different models"):
         list_models([names[0], f"{names[0]}/."], False)
     shutil.copytree(model_folder, tmp_path / "b", dirs_exist_ok=True)
@@ -143,6 +150,19 @@ def test_report_and_what_it_is_made_of(gue, model_folder, tmp_path, launch):  # 
     cut = json.loads((tmp_path / "o" / "jobs" / "small" / "mouse-2" / "seed-0" / "report.json").read_text())
     assert " / ".join(str(cut["num_truncated"][split]) for split in ("train", "dev", "test")) in text
     assert (tmp_path / "o" / "gue.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_precision_and_attention_reach_the_jobs(gue, model_folder, tmp_path):  # noqa: F811
+    folder, options = tmp_path / "o", {"seeds": 1, "tasks": ["mouse/2"], "max_steps": 1}
+    text, is_complete = run_gue(
+        gue, [str(model_folder)], folder, precision="bf16", attn_implementation="eager", **options
+    )
+    job = folder / "jobs" / "small" / "mouse-2" / "seed-0"
+    assert is_complete and text == (folder / "report.md").read_text()
+    (dtype,) = json.loads((job / "final" / "finetune.json").read_text())["autocast"].values()
+    assert dtype == "bfloat16" and "attends eager" in (job / "log.txt").read_text()
+    with pytest.raises(InputError, match="--precision: expected fp32 or bf16, found half"):
+        run_gue(gue, [str(model_folder)], folder, precision="half", **options)
 
 
 def test_killed_and_started_again(gue, model_folder, tmp_path, launch):  # noqa: F811
