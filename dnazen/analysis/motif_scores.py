@@ -98,7 +98,8 @@ def score_motifs(
     hits = np.zeros((num_shuffles + 1, len(motifs)), np.int64)  # row 0: the real ones
     found: list[Matches] = []
     lengths = np.array([len(own) for own in places])
-    with tqdm(desc="matching and shuffling", unit=" G-grams", unit_scale=True, total=len(ngrams)) as progress:
+    options = dict(unit=" G-grams", unit_scale=True, total=len(ngrams), disable=None)
+    with tqdm(desc="matching and shuffling", **options) as progress:
         for length in np.unique(lengths):
             scorer = _Scorer(tables, needed, int(length))
             numbers = np.flatnonzero(lengths == length)

@@ -26,8 +26,12 @@ from dnazen.data.corpus import SPLITS, Corpus
 from dnazen.data.tables import read_sequences
 from dnazen.data.tokenizer import tokenizer_checksum
 from dnazen.files import InputError, atomic_directory, write_json
+from dnazen.ngram.count import PairCounts, add_pairs, encode_pairs, token_size
+from dnazen.ngram.links import measure_pmis
 from dnazen.ngram.vocab import MANIFEST_FILE, NgramVocabulary, open_ngrams
+from dnazen.processes import cut_blocks
 from dnazen_kernels.ngram_matching import ngram_matching
+from dnazen_kernels.ngram_matching.table import token_bits
 
 _BATCH_SEQUENCES = 2048  # at most; and
 _BATCH_TOKENS = 1 << 18  # about so many tokens, whose matches take some 30 MB
@@ -115,7 +119,8 @@ def collect_statistics(
 ) -> NgramStatistics:
     """Match the G-grams in all sources, in batches; the memory needed does not grow with the data.
 
-    PMI is that of `dnazen.ngram.extract`, with the frequencies of tokens and pairs in all sources together.
+    PMI is that of the extraction (`measure_pmis`), with the counts of tokens and pairs in all sources together. Their
+    table takes 128 MiB for 4,096 tokens.
 
     Raises:
         InputError: a file cannot be read, has no sequence, or is a corpus of another tokenizer.
@@ -123,25 +128,27 @@ def collect_statistics(
     table = vocabulary.table(len(tokenizer))
     rows = np.full(vocabulary.vocab_size, -1)
     rows[vocabulary.ids] = np.arange(len(vocabulary.ids))
-    pairs = _PairCounter(vocabulary.ngrams, len(tokenizer))
+    bits = token_bits(len(tokenizer), 2)
+    token_counts, pair_counts = (torch.zeros(1 << n * bits, dtype=torch.int64) for n in (1, 2))
     statistics = NgramStatistics([])
-    with tqdm(desc="matching", unit=" tokens", unit_scale=True) as progress:
+    with tqdm(desc="matching", unit=" tokens", unit_scale=True, disable=None) as progress:
         for source in sources:
             split = SplitStatistics(source.group, source.dataset, source.split)
             counts = np.zeros(len(vocabulary.ngrams), np.int64)
             for tokens, cu_seqlens in _iterate_batches(source, tokenizer):
-                matches = ngram_matching(torch.from_numpy(tokens), torch.from_numpy(cu_seqlens), table)
+                tokens = torch.from_numpy(tokens)
+                matches = ngram_matching(tokens, torch.from_numpy(cu_seqlens), table)
                 counts += np.bincount(rows[matches.ngram_input_ids.numpy()], minlength=len(counts))
                 split.instances += len(cu_seqlens) - 1
                 split.tokens += len(tokens)
                 split.unknown_tokens += int((tokens == tokenizer.unk_token_id).sum())
                 split.covered_tokens += int(matches.token_offsets.diff().count_nonzero())
-                pairs.add(tokens, cu_seqlens)
+                add_pairs(token_counts, pair_counts, tokens, *encode_pairs(tokens, cu_seqlens, bits))
                 progress.update(len(tokens))
             split.total, split.distinct = int(counts.sum()), int(np.count_nonzero(counts))
             statistics.splits.append(split)
             statistics.counts[source.dataset] = statistics.counts.get(source.dataset, 0) + counts
-    statistics.pmis = pairs.ngram_pmis()
+    statistics.pmis = _ngram_pmis(PairCounts(token_counts.numpy(), pair_counts.numpy()), vocabulary.ngrams)
     return statistics
 
 
@@ -192,13 +199,9 @@ def _iterate_batches(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iter
         if (found := tokenizer_checksum(corpus.tokenizer)) != (expected := tokenizer_checksum(tokenizer)):
             raise InputError(f"{source.path}: expected a corpus with tokenizer {expected}, found {found}")
         for tokens, offsets in getattr(corpus, source.split).shards:
-            first = 0
-            while first < len(offsets) - 1:
-                end = int(np.searchsorted(offsets, offsets[first] + _BATCH_TOKENS, side="right")) - 1
-                end = max(end, first + 1)
+            for first, end in cut_blocks(offsets, _BATCH_TOKENS):
                 block = np.asarray(tokens[offsets[first] : offsets[end]], np.int64)
                 yield block, (offsets[first : end + 1] - offsets[first]).astype(np.int32)
-                first = end
         return
     encode = tokenizer.backend_tokenizer.encode_batch_fast
     sequences = read_sequences(source.path)
@@ -208,38 +211,15 @@ def _iterate_batches(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iter
         yield np.fromiter(itertools.chain.from_iterable(ids), np.int64, cu_seqlens[-1]), cu_seqlens
 
 
-class _PairCounter:
-    """Counts all tokens, and those pairs of neighbours that G-grams are made of."""
-
-    def __init__(self, ngrams: Sequence[tuple[int, ...]], num_tokens: int):
-        self._num_tokens = num_tokens
-        codes = [a * num_tokens + b for ngram in ngrams for a, b in itertools.pairwise(ngram)]
-        self._codes, of_pair = np.unique(np.array(codes, np.int64), return_inverse=True)
-        self._pairs = np.split(of_pair, np.cumsum([len(ngram) - 1 for ngram in ngrams])[:-1])
-        self._token_counts = np.zeros(num_tokens, np.int64)
-        self._pair_counts = np.zeros(len(self._codes), np.int64)
-        self._num_pairs = 0
-
-    def add(self, tokens: np.ndarray, cu_seqlens: np.ndarray) -> None:
-        """Count a batch; nothing reaches across a sequence's end."""
-        self._token_counts += np.bincount(tokens, minlength=self._num_tokens)
-        inside = np.ones(max(len(tokens) - 1, 0), bool)
-        inside[cu_seqlens[1:-1][(cu_seqlens[1:-1] > 0) & (cu_seqlens[1:-1] < len(tokens))] - 1] = False
-        codes = (tokens[:-1] * self._num_tokens + tokens[1:])[inside]
-        places = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
-        places = places[self._codes[places] == codes]
-        self._pair_counts += np.bincount(places, minlength=len(self._codes))
-        self._num_pairs += len(codes)
-
-    def ngram_pmis(self) -> np.ndarray:
-        """PMI in bits of each G-gram's weakest pair; nan where a pair was not seen."""
-        tokens = [self._codes // self._num_tokens, self._codes % self._num_tokens]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            pmis = np.log2(self._pair_counts / self._num_pairs)
-            for ids in tokens:
-                pmis -= np.log2(self._token_counts[ids] / self._token_counts.sum())
-        pmis[self._pair_counts == 0] = np.nan
-        return np.array([pmis[pairs].min() for pairs in self._pairs])
+def _ngram_pmis(table: PairCounts, ngrams: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """PMI in bits of each G-gram's weakest pair, fp64 `[G]`; nan where a pair was not seen."""
+    bits = token_size(table.tokens)
+    codes = np.array([a << bits | b for ngram in ngrams for a, b in itertools.pairwise(ngram)], np.int64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        pmis = measure_pmis(table.tokens, table.pairs.sum(), codes, table.pairs[codes])
+    pmis[table.pairs[codes] == 0] = np.nan
+    starts = np.cumsum([0, *(len(ngram) - 1 for ngram in ngrams)])[:-1]
+    return np.minimum.reduceat(pmis, starts)
 
 
 def _write_tables(

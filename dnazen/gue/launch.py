@@ -1,17 +1,16 @@
 """GUE as a set of jobs, each a (model, data set, seed) in a process of its own, spread over the devices."""
 
-import ctypes
 import hashlib
 import json
 import logging
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -26,12 +25,12 @@ from dnazen.gue import kmer
 from dnazen.gue.protocol import LEARNING_RATE, PROTOCOLS, SEQUENCES_PER_STEP, choose_datasets
 from dnazen.gue.report import describe_data, write_report
 from dnazen.models.hub import fetch_model
+from dnazen.processes import die_with
 
 logger = logging.getLogger(__name__)
 
 JOB_FILE, LOG_FILE = "job.json", "log.txt"
 _SCRIPT = Path(dnazen.__file__).parent / "finetune.py"
-_PDEATHSIG = 1  # of Linux's prctl
 # of a job: weights, gradients and Adam's moments in fp32, where bf16 may be stored; activations, and CUDA itself
 _BYTES_PER_STORED_BYTE, _BYTES_BESIDE = 8, 6 << 30
 _MAX_JOBS_PER_GPU = 6  # more only wait for the processor
@@ -294,14 +293,9 @@ def start_job(job: Job, device: str | None, threads: int) -> Running:
         environment["CUDA_VISIBLE_DEVICES"] = device
     log = open(job.output_dir / LOG_FILE, "wb")
     command = [sys.executable, *job.arguments, "--output_dir", str(job.output_dir)]
-    process = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=_die_with_parent
-    )
+    options = dict(stdout=log, stderr=subprocess.STDOUT, env=environment)
+    process = subprocess.Popen(command, **options, preexec_fn=partial(die_with, os.getpid()))
     return Running(job, process, log, device, time.perf_counter())
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
 
 
 def say_ended(ended: Running, done: int, total: int, failed: dict[str, str]) -> None:

@@ -84,7 +84,7 @@ def explain(
         if not loaded.vocabulary.ngrams:
             raise InputError(f"{model}: expected a model with G-grams, found none (no ngram.json)")
         spelled = dict(zip(loaded.vocabulary.ids, loaded.vocabulary.ngrams))
-        progress = stack.enter_context(tqdm(desc="explaining", unit=" bases", unit_scale=True))
+        progress = stack.enter_context(tqdm(desc="explaining", unit=" bases", unit_scale=True, disable=None))
         table = csv.writer(
             stack.enter_context(open(directory / TABLE_FILE, "w", newline="")), delimiter="\t", lineterminator="\n"
         )

@@ -17,8 +17,8 @@ from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.files import InputError
 from dnazen.ngram import count, parts
-from dnazen.ngram.count import NO_RUNS, Runs, cut_keys, merge_runs, take_share
-from dnazen.ngram.parts import build_counts, merge_counts
+from dnazen.ngram.count import NO_RUNS, Runs, merge_runs
+from dnazen.ngram.parts import build_counts, merge_by_range, merge_counts, take_shard
 from tests.helpers.forked import kill_at, run_command
 
 OPTIONS = {"min_pmi": 0.7, "min_pair_count": 4, "max_len": 4, "long_pieces": "split"}
@@ -111,12 +111,12 @@ def test_merged_equals_all_at_once(folder, tmp_path, capsys, monkeypatch, shards
 
 
 @given(st.lists(st.integers(0, 7), max_size=40), st.integers(1, 60))
-def test_shares_are_all_sequences_once(lengths, number):
+def test_shards_are_all_sequences_once(lengths, number):
     offsets = np.cumsum([3, *lengths])
-    shares = [take_share([(np.arange(offsets[-1]), offsets)], i, number)[0] for i in range(number)]
-    assert [list(share[1]) for share in shares if len(share[1]) > 1] != [] or not lengths
-    assert np.concatenate([share[1][:-1] for share in shares]).tolist() == offsets[:-1].tolist()
-    assert {len(share[1]) - 1 for share in shares} <= {len(lengths) // number, len(lengths) // number + 1}
+    shards = [take_shard([(np.arange(offsets[-1]), offsets)], i, number)[0] for i in range(1, number + 1)]
+    assert [list(shard[1]) for shard in shards if len(shard[1]) > 1] != [] or not lengths
+    assert np.concatenate([shard[1][:-1] for shard in shards]).tolist() == offsets[:-1].tolist()
+    assert {len(shard[1]) - 1 for shard in shards} <= {len(lengths) // number, len(lengths) // number + 1}
 
 
 @st.composite
@@ -126,8 +126,8 @@ def run_parts(draw):
 
 
 @settings(deadline=None)
-@given(run_parts(), st.integers(1, 6))
-def test_runs_add_up(lists, number):
+@given(run_parts())
+def test_runs_add_up(lists):
     def merged(rows):
         columns = list(zip(*rows)) or [[], [], []]
         dtypes = (torch.int64, torch.int64, torch.bool)
@@ -142,8 +142,25 @@ def test_runs_add_up(lists, number):
         assert found == expected[key]
     again = merge_runs([merged(rows) for rows in lists] + [NO_RUNS])
     assert all(x.equal(y) for x, y in zip(again, whole, strict=True))
-    bounds = cut_keys([key for rows in lists for key, _, _ in rows], number)
-    assert len(bounds) == number - 1 and bounds.tolist() == sorted(bounds.tolist())
+
+
+@pytest.mark.parametrize("size, empty", [(2, [0]), (3, [1]), (4, [0, 1, 2, 3]), (4, [])])
+def test_every_key_is_merged_in_one_range(monkeypatch, size, empty):
+    """Each part has keys of its own and some in common, few of them or many, in the same place or not."""
+    monkeypatch.setattr(parts, "MERGED_RUNS", 700)
+    columns = []
+    for part in range(size):
+        rng = np.random.default_rng(part)
+        keys = np.unique(rng.integers(0, 50 + 2000 * part**3, 0 if part in empty else 3000))
+        columns.append((keys, rng.integers(0, 9, len(keys)), rng.random(len(keys)) < 0.3))
+    merged = list(merge_by_range(columns))
+    expected = merge_runs([Runs(*map(torch.from_numpy, arrays)) for arrays in columns])
+    for arrays, whole in zip(zip(*merged, strict=True), expected, strict=True):
+        assert torch.cat(arrays).equal(whole)
+    num_keys = sum(len(keys) for keys, *_ in columns)
+    assert len(merged) == 1 + num_keys // 700
+    if len(expected.keys) > 5000:
+        assert all(len(runs.keys) > 0.5 * len(expected.keys) / len(merged) for runs in merged)
 
 
 def test_two_counts_of_the_same_are_refused(folder, counted, tmp_path):
@@ -254,6 +271,7 @@ def test_count_refuses(folder, tmp_path, capsys, words, message):
     "words",
     [
         ["corpus", "--fasta", "a.fa", "--tokenizer", "tokenizer"],
+        ["ngrams", "--corpus", "a"],
         ["ngrams", "count", "--corpus", "a"],
         ["ngrams", "merge", "--counts", "a", "b"],
     ],
@@ -261,7 +279,10 @@ def test_count_refuses(folder, tmp_path, capsys, words, message):
 def test_several_processes_are_refused(tmp_path, capsys, monkeypatch, words):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main([*words, "--output-dir", str(tmp_path / "out")]) == 1
-    assert "expected one process, without torchrun or deepspeed, found 4 (WORLD_SIZE)" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "expected one process, without torchrun or deepspeed" in message and "found 4 (WORLD_SIZE)" in message
+    if words[:2] == ["ngrams", "--corpus"]:
+        assert "several machines: `dnazen ngrams count --shard I/N`, then `dnazen ngrams merge`" in message
     assert not list(tmp_path.iterdir())
 
 
