@@ -105,7 +105,7 @@ def find_sources(paths: Sequence[str | PathLike]) -> list[Source]:
         else:
             raise InputError(f"{path}: expected a CSV file, a folder of them, or a corpus, found nothing")
     names = [(source.dataset, source.split) for source in sources]
-    for source, name in zip(sources, names, strict=True):
+    for name in names:
         if names.count(name) > 1:
             same = " and ".join(str(other.path) for other in sources if (other.dataset, other.split) == name)
             raise InputError(f"{same}: expected data sets of different names, found {' '.join(name)} twice; give the "
