@@ -1,8 +1,8 @@
 """Do G-grams hold known motifs more often than their shuffles do? How that is measured.
 
 *Score.* A motif is laid on the bases of a G-gram at every offset, on both strands, and scored by its log-odds: bits,
-over the G-grams' own base composition, the same for both strands. G-grams have some ten bases, motifs up to thirty, so a
-motif may stand out at either end, as long as half of its information lies on the G-gram. The columns that stand out
+over the G-grams' own base composition, the same for both strands. G-grams have some ten bases, motifs up to thirty, so
+a motif may stand out at either end, as long as half of its information lies on the G-gram. The columns that stand out
 score nothing. A G-gram *matches* where the columns on it score as high as one place in a thousand of random sequence
 would. Motifs that are too short or vague for that match nothing, and are counted.
 

@@ -393,12 +393,12 @@ def test_outputs_and_arguments(model_folder, contig, files, capsys):
     assert (files.folder / "out.vcf").read_bytes() == before and not (files.folder / "new.vcf").exists()
 
 
-def test_full_disk_leaves_nothing(model_folder, contig, files):
+def test_full_disk_leaves_nothing(model_folder, contig, files, capfd):
     records = [
         line(pos, base, other(base), info=f"N={random.Random(pos).randbytes(500).hex()}")  # not to be compressed away
         for pos, base in enumerate(contig[:200], 1)
     ]
     (files.folder / "in.vcf").write_text(HEADER + "".join(records))
     words = [*command(model_folder, files.folder), "--flank", "10", "--output"]
-    check_full_disk([[*words, str(files.folder / name)] for name in ("out.vcf", "out.vcf.gz")])
+    check_full_disk([[*words, str(files.folder / name)] for name in ("out.vcf", "out.vcf.gz")], capfd)
     assert sorted(path.name for path in files.folder.iterdir()) == ["in.vcf", "ref.fa"]

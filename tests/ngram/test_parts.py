@@ -5,8 +5,10 @@ import os
 import resource
 import shutil
 import signal
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.files import InputError
 from dnazen.ngram import count, parts
+from dnazen.ngram.build import build_ngrams
 from dnazen.ngram.count import NO_RUNS, Runs, merge_runs
 from dnazen.ngram.parts import build_counts, merge_by_range, merge_counts, take_shard
 from tests.helpers.forked import kill_at, run_command
@@ -93,6 +96,7 @@ def test_merged_equals_all_at_once(folder, tmp_path, capsys, monkeypatch, shards
                 output_dir = tmp_path / f"{'runs' if pairs else 'pairs'}-{name}-{i}"
                 words = ["--corpus", folder / name, "--shard", f"{i}/{number}", "--output-dir", output_dir]
                 words += ["--pairs", *pairs, *flags(options)] if pairs else []
+                words += ["--num-workers", i]
                 assert main(["ngrams", "count", *map(str, words)]) == 0
                 assert "M tokens/s" in capsys.readouterr().out
     counts = [str(path) for path in reversed(sorted(tmp_path.glob("runs-*")))]  # in any order
@@ -297,6 +301,16 @@ def test_command_lines_that_are_none(folder, tmp_path, capsys):
         assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_taken_folders_are_kept(folder, counted, tmp_path):
+    (tmp_path / "precious").touch()
+    corpus = Corpus.open(folder / "a")
+    writers = (build_ngrams, corpus), (build_counts, corpus), (merge_counts, counted[1])
+    for write, read in writers:
+        with pytest.raises(InputError, match="already exists; choose another directory"):
+            write(read, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
 def test_no_ngram_in_a_merge(counted, tmp_path):
     with pytest.raises(InputError, match="a-1-of-1-runs, .*b-1-of-1-runs: none of .* candidates .* is a G-gram"):
         merge_counts(counted[1], tmp_path / "g", min_count=10**6)
@@ -323,26 +337,52 @@ def test_killed_count_leaves_nothing_whole(folder, counted, tmp_path, caplog, ki
 
 
 def test_killed_while_workers_count(folder, tmp_path, monkeypatch):
-    def die(rank):
-        monkeypatch.setattr(count.futures, "wait", lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+    """Its workers die with it, whatever they are at."""
+
+    def work(*arguments):
+        (tmp_path / f"{os.getpid()}.worker").touch()
+        time.sleep(60)
+
+    def die():
+        monkeypatch.setattr(count, "_count_pairs", work)
+        monkeypatch.setattr(count.futures, "wait", wait)
+
+    def wait(*arguments, **options):
+        while len(list(tmp_path.glob("*.worker"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     command = ["ngrams", "--corpus", folder / "a", "--output-dir", tmp_path / "out", "--num-workers", "2"]
     monkeypatch.setattr(count, "BLOCK_TOKENS", 1000)
-    assert run_command(1, *command, before=die) == [-signal.SIGKILL]
+    assert run_command(*command, before=die) == -signal.SIGKILL
+    workers = list(tmp_path.glob("*.worker"))
+    deadline = time.monotonic() + 30
+    while any(map(is_running, (int(path.stem) for path in workers))):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for path in workers:
+        path.unlink()
     assert not (tmp_path / "out").exists()
-    assert run_command(1, *command) == [0]
+    assert run_command(*command) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def is_running(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # ended, and nobody asked how
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize("what", ["pairs", "runs", "merge"])
 def test_full_disk_leaves_nothing(folder, counted, tmp_path, capfd, what):
-    def fill(rank):
+    def fill():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
     command = ["ngrams", "count", "--corpus", folder / "a"] + (["--pairs", *counted[0]] if what == "runs" else [])
     if what == "merge":
         command = ["ngrams", "merge", "--counts", *counted[1]]
-    assert run_command(1, *command, "--output-dir", tmp_path / "out", before=fill) == [1]
+    assert run_command(*command, "--output-dir", tmp_path / "out", before=fill) == 1
     assert f"dnazen: error: {tmp_path / 'out'}" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -350,8 +390,7 @@ def test_full_disk_leaves_nothing(folder, counted, tmp_path, capfd, what):
 def check_kill(command, tmp_path, at, caplog):
     """Killed, it leaves a hidden folder, which is refused; run again, it removes that and writes what it should."""
     command = [*map(str, command), "--output-dir"]
-    codes = run_command(1, *command, tmp_path / "out", before=lambda rank: kill_at(at))
-    assert codes == [-signal.SIGKILL]
+    assert run_command(*command, tmp_path / "out", before=lambda: kill_at(at)) == -signal.SIGKILL
     (leftover,) = tmp_path.iterdir()
     assert leftover.name.startswith(".out.") and leftover.name.endswith(".tmp")
     if at != "os.rename":
