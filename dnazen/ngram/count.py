@@ -134,9 +134,9 @@ def count_runs(
     return merge_runs(found) if len(found) > 1 else found[0], num_pieces
 
 
-def merge_runs(parts: Sequence[Runs]) -> Runs:
-    """One of each run in `parts`, in order: counts are added, and what is a candidate in one is a candidate."""
-    keys, counts, are_candidates = map(torch.cat, zip(*parts, strict=True))
+def merge_runs(found: Sequence[Runs]) -> Runs:
+    """Each run once, in order: counts are added, and what is a candidate in one of `found` is a candidate."""
+    keys, counts, are_candidates = map(torch.cat, zip(*found, strict=True))
     keys, places = keys.unique(return_inverse=True)
     return Runs(
         keys,

@@ -440,8 +440,8 @@ def test_refusals_leave_nothing_behind(ngrams_dir, tmp_path, capsys):
 def test_tata_boxes_in_human_core_promoters(shared_data, tmp_path):
     """Paper, section 4.5: G-grams of TATA promoters match TBP more than shuffles do; other promoters' do not.
 
-    One motif, named beforehand, needs no correction; the best of 879 by chance is as enriched now and then. What is said
-    of one does not depend on the others, so the whole file is read once.
+    One motif, named beforehand, needs no correction; the best of 879 by chance is as enriched now and then. What is
+    said of one does not depend on the others, so the whole file is read once.
     """
     gue, tokenizer = shared_data / "gue" / "prom", load_tokenizer(shared_data / "tokenizer")
 
@@ -456,7 +456,10 @@ def test_tata_boxes_in_human_core_promoters(shared_data, tmp_path):
     (record,) = [record for record in records if "AC MA0108.3\n" in record]
     (tmp_path / "one.txt").write_text(record)
     found = {}
-    for name, sequences, motifs, number in (("tata", tata, motif_file, 879), ("others", others, tmp_path / "one.txt", 1)):
+    for name, sequences, motifs, number in (
+        ("tata", tata, motif_file, 879),
+        ("others", others, tmp_path / "one.txt", 1),
+    ):
         folder = tmp_path / name
         (tmp_path / f"{name}.fa").write_text("".join(f">{i}\n{text}\n" for i, text in enumerate(sequences)))
         build_corpus([tmp_path / f"{name}.fa"], tokenizer, folder / "corpus", min_length=40, num_workers=1)
