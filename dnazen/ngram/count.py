@@ -246,7 +246,7 @@ def _count_runs(blocks, job, linked, min_len, max_len, split):
         links[across] = False
         starts, sizes = find_pieces(links)
         histogram += torch.bincount(sizes.clamp(max=max_len + 1), minlength=len(histogram))
-        if split:
+        if split:  # with max_len 5, a piece of 7 tokens that starts at 3 becomes one of 5 at 3 and one of 2 at 8
             times = -(-sizes // max_len)
             order = torch.arange(int(times.sum()), device=job.device)
             before = max_len * (order - (times.cumsum(0) - times).repeat_interleave(times))
