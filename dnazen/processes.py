@@ -2,11 +2,11 @@
 
 import collections
 import contextlib
+import ctypes
 import itertools
 import multiprocessing
 import os
-import threading
-import time
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,12 +17,17 @@ import numpy as np
 from dnazen.files import Interrupted
 
 Job = TypeVar("Job")
+_PDEATHSIG = 1  # of Linux's prctl
 
 
 def cut_blocks(offsets: np.ndarray, max_tokens: int) -> Iterator[tuple[int, int]]:
-    """Yield first and end of runs of whole sequences of at most `max_tokens` tokens; a longer sequence is alone in one.
+    """Yield the first sequence and the end of blocks of whole sequences with at most `max_tokens` tokens.
 
-    `offsets` is int64 `[n + 1]`, where each of n sequences starts.
+    A longer sequence is a block by itself. Sequences of 3, 4 and 9 tokens (`offsets` 0, 3, 7, 16) with `max_tokens` 8
+    give (0, 2) and (2, 3).
+
+    Args:
+        offsets: int64 `[n + 1]`: where each of n sequences starts.
     """
     first = 0
     while first < len(offsets) - 1:
@@ -33,10 +38,10 @@ def cut_blocks(offsets: np.ndarray, max_tokens: int) -> Iterator[tuple[int, int]
 
 @contextlib.contextmanager
 def fork_pool(function: Callable[[Any], Any], num_workers: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of forked processes to which `call_forked` can be submitted.
+    """A pool of forked processes: `pool.submit(call_forked, argument)` calls `function(argument)` in one of them.
 
     The processes inherit `function` and all that it holds, memory maps included; arguments and results are pickled.
-    They end with this process, even when it is killed.
+    They die with the thread that submits first, and so with this process, even when it is killed.
 
     Raises:
         Interrupted: one of them was killed.
@@ -86,10 +91,14 @@ def _start(function: Callable, parent: int) -> None:
     global _function
     _function = function
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    die_with(parent)
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
+def die_with(parent: int) -> None:
+    """Have the system kill this process when the thread that started it ends, as it does when `parent` is killed.
+
+    For Linux, in a process just forked; as `preexec_fn` of `subprocess.Popen` too.
+    """
+    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that
+        os._exit(1)

@@ -1,27 +1,32 @@
 """Do G-grams hold known motifs more often than their shuffles do? How that is measured.
 
-*Score.* The bases of a G-gram against a motif's log-odds (bits, over the G-grams' own base composition, the same for
-both strands), at every offset, on both strands. G-grams have some ten bases, motifs up to thirty, so a motif may stand
-out at either end, as long as half of its information lies on the G-gram; the rest counts nothing. A G-gram *matches*
-where those columns score as high as one place in a thousand of random sequence would. Motifs that are too short or
-vague for that match nothing, and are counted.
+*Score.* A motif is laid on the bases of a G-gram at every offset, on both strands, and scored by its log-odds: bits,
+over the G-grams' own base composition, the same for both strands. G-grams have some ten bases, motifs up to thirty, so
+a motif may stand out at either end, as long as half of its information lies on the G-gram. The columns that stand out
+score nothing. A G-gram *matches* where the columns on it score as high as one place in a thousand of random sequence
+would. Motifs that are too short or vague for that match nothing, and are counted.
 
-*Null.* What the order of the bases within the tokens alone explains: in each of R shuffled sets every token's bases are
-put in random order once, and all G-grams are spelled anew with these tokens. G-grams that share a token so share its
-bases in each set, as they do in truth; G-grams shuffled each by itself would count one token that happens to spell a
-motif as evidence from every G-gram with it. If the bases of a token came in no particular order, the real set would be
-one like the others, and the p-values right, whatever the G-grams are. With R sets none is below 1 / (R + 1).
+*Null.* What if the bases of a token came in no particular order? In each of R shuffled sets every token's bases are put
+in random order once, and all G-grams are spelled anew with these tokens. With the tokens TATA and CG:
 
-*Unit.* G-grams that spell the same bases, on either strand, count once: in the real set, and anew in each shuffled one,
-where they may spell different bases, and others the same. So two tokenisations of one spelling are no second match, but
-they may be two in a shuffled set: many of them make the test conservative.
+    real          TATA CG       TATA TATA     CG TATA
+    one shuffle   ATTA GC       ATTA ATTA     GC ATTA
+
+If the order meant nothing, the real set would be one like the others, so the p-values are right, whatever the G-grams
+are. Why not shuffle each G-gram by itself? Then one token that happens to spell a motif would count as evidence from
+every G-gram with it. With R sets no p-value is below 1 / (R + 1).
+
+*Unit.* G-grams that spell the same bases, on either strand, count once: TATA CG, TAT ACG and, on the other strand, CG
+TATA are one. In each shuffled set this is decided anew, where they may spell different bases, and others the same. So
+two tokenisations of one spelling are no second match, but they may be two in a shuffled set: many of them make the test
+conservative.
 
 *Correction.* For hundreds of motifs Bonferroni or Benjamini-Hochberg would need R in the tens of thousands. The
 family-wise p-value of Westfall and Young (1993, single-step maxT) does not: it is the share of sets, the real one among
 them, whose most enriched motif is at least as enriched as this one. Enrichment is `2 (sqrt(matches + 3/8) -
-sqrt(expected + 3/8))`, whose spread is about 1 if matches come one by one, divided by its spread over all sets where
-that is above 1: matches that hang on few common tokens come in bursts. Similar motifs need no care: they share the
-shuffles.
+sqrt(expected + 3/8))`, with `expected` the mean over all sets. Its spread is about 1 if matches come one by one. Where
+the spread over all sets is larger, because matches hang on few common tokens and come in bursts, it is divided by that.
+Similar motifs need no care: they share the shuffles.
 
 *What it does not say.* Pairs of neighbouring bases are not kept: what makes CG rare and AA common within all tokens may
 also make a motif rare or common. Tokens are shuffled apart although a tokenizer may have merged several from one
@@ -48,15 +53,18 @@ _CHUNK_SPELLINGS = 2048
 
 
 class Matches(NamedTuple):
-    """Pairs of motif and spelling that match, the best place of each."""
+    """Pairs of motif and spelling that match, the best place of each.
+
+    TATA on the G-gram GG TAT ACC has offset 2; a motif of 8 columns whose last 5 lie on its first 5 bases has -3.
+    """
 
     motifs: np.ndarray  # int32
     ngrams: np.ndarray  # int32: the first G-gram that spells it
     scores: np.ndarray  # float32, bits
-    margins: np.ndarray  # float32, in `BITS`: by how much the score is above what a match there needs
-    offsets: np.ndarray  # int32: base of the G-gram where the motif's first column lies; below 0 if it stands out
-    reverse: np.ndarray  # bool: the motif's other strand lies there
-    as_good: np.ndarray  # int32: shuffles of the G-gram that match the motif as well or better
+    margins: np.ndarray  # float32, in units of `BITS`: by how much the score is above what a match there needs
+    offsets: np.ndarray  # int32: base of the G-gram on which the motif's leftmost column lies; below 0: before it
+    reverse: np.ndarray  # bool: the motif lies on the other strand
+    as_good: np.ndarray  # int32: in how many shuffled sets this G-gram matches the motif as well or better
 
 
 @dataclass
@@ -98,7 +106,8 @@ def score_motifs(
     hits = np.zeros((num_shuffles + 1, len(motifs)), np.int64)  # row 0: the real ones
     found: list[Matches] = []
     lengths = np.array([len(own) for own in places])
-    with tqdm(desc="matching and shuffling", unit=" G-grams", unit_scale=True, total=len(ngrams)) as progress:
+    options = dict(unit=" G-grams", unit_scale=True, total=len(ngrams), disable=None)
+    with tqdm(desc="matching and shuffling", **options) as progress:
         for length in np.unique(lengths):
             scorer = _Scorer(tables, needed, int(length))
             numbers = np.flatnonzero(lengths == length)

@@ -16,8 +16,7 @@ from dnazen.analysis import motifs, stats
 from dnazen.data.corpus import Corpus, build_corpus, summarize
 from dnazen.data.tokenizer import build_tokenizer, load_tokenizer
 from dnazen.files import InputError
-from dnazen.ngram import extract, parts
-from dnazen.ngram.group import join_group
+from dnazen.ngram import build, extract, parts
 
 _NGRAM_OPTIONS = {
     "min_pmi": "bits; pairs below are cut apart",
@@ -234,12 +233,12 @@ def _tokenizer(fasta: list[str], output_dir: str, vocab_size: int | None) -> Non
     print(f"bases       {sum(map(len, tokens)) / len(tokens):.2f} a token on average, {len(tokens[-1])} at most")
 
 
-def _refuse_several(command: str) -> None:
+def _refuse_several(command: str, instead: str = "") -> None:
     """InputError under `torchrun` and the like: each process would do all the work, and one would write."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         found = f"{os.environ['WORLD_SIZE']} (WORLD_SIZE)"
         expected = "one process, without torchrun or deepspeed"
-        raise InputError(f"dnazen {command}: expected {expected}, found {found}")
+        raise InputError(f"dnazen {command}: expected {expected}{instead}, found {found}")
 
 
 def _corpus(
@@ -259,13 +258,8 @@ def _read_list(path: str) -> list[str]:
 
 
 def _ngrams(corpus: str, output_dir: str, **parameters: Any) -> None:
-    with join_group() as group:
-        with group.together():
-            # every machine looks at its files once
-            opened = Corpus.open(corpus, verify=int(os.environ.get("LOCAL_RANK", 0)) == 0)
-        manifest = extract.build_ngrams(opened, output_dir, group, **parameters)
-    if manifest:
-        _print_ngrams(manifest, output_dir)
+    _refuse_several("ngrams", " (several machines: `dnazen ngrams count --shard I/N`, then `dnazen ngrams merge`)")
+    _print_ngrams(build.build_ngrams(Corpus.open(corpus), output_dir, **parameters), output_dir)
 
 
 def _ngrams_count(corpus: str, output_dir: str, **parameters: Any) -> None:
@@ -286,9 +280,9 @@ def _ngrams_merge(counts: list[str], output_dir: str, **parameters: int) -> None
 
 
 def _print_ngrams(manifest: dict[str, Any], output_dir: str) -> None:
-    print(extract.summarize(manifest))
+    print(build.summarize(manifest))
     print("most frequent: count, PMI of the weakest pair in bits, tokens")
-    with open(Path(output_dir) / extract.TABLE_FILE) as file:
+    with open(Path(output_dir) / build.TABLE_FILE) as file:
         for row in itertools.islice(csv.DictReader(file, delimiter="\t"), 10):
             print(f"{int(row['count']):>10,} {float(row['pmi']):6.2f}  {row['tokens']}")
 

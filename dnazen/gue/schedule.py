@@ -1,10 +1,8 @@
 """Jobs in processes of their own, spread over the devices."""
 
-import ctypes
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,11 +14,11 @@ from dnazen.files import write_json
 from dnazen.finetuning.data import REPORT_FILE
 from dnazen.finetuning.loading import list_weights
 from dnazen.gue.jobs import JOB_FILE, Job, keep_best
+from dnazen.processes import die_with
 
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.txt"
-_PDEATHSIG = 1  # of Linux's prctl
 # of a job: weights, gradients and Adam's moments in fp32, where bf16 may be stored; activations, and CUDA itself
 _BYTES_PER_STORED_BYTE, _BYTES_BESIDE = 8, 6 << 30
 _MAX_JOBS_PER_GPU = 6  # more only wait for the processor
@@ -91,13 +89,9 @@ def start_job(job: Job, device: str | None, threads: int) -> Running:
     log = open(job.output_dir / LOG_FILE, "wb")
     command = [sys.executable, *job.arguments, "--output-dir", str(job.output_dir)]
     process = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=_die_with_parent
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=partial(die_with, os.getpid())
     )
     return Running(job, process, log, device, time.perf_counter())
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
 
 
 def note_end(ended: Running, done: int, total: int, failed: dict[str, str]) -> None:

@@ -31,8 +31,8 @@ class FoundNgram(NamedTuple):
 
     tokens: str  # joined by spaces
     spans: list[tuple[int, int]]  # where it occurs in the window's sequence, `[start, end)`
-    attention: np.ndarray  # [layers]: what it gets of all attention in the window; sums to 1 over the window's G-grams
-    has_motif: bool  # it covers the motif, whole, somewhere
+    attention: np.ndarray  # [layers]: its share; sums to 1 over the window's G-grams
+    has_motif: bool  # the whole motif lies in one of its spans
 
 
 class Summary(NamedTuple):
@@ -54,11 +54,12 @@ def explain(
 ) -> Summary:
     """Write the G-grams of all records of a FASTA or CSV file, and their attention, into a folder.
 
-    The attention that a G-gram gets in a layer is the mean of its weights over heads and over the G-grams that attend
-    to it. `ngrams.tsv` has a line for each occurrence; where windows overlap, for those that begin among a window's own
-    bases. `layer_1.bedgraph`, ... and `mean.bedgraph` have for each base the sum over the G-grams that cover it.
-    `attention.png` shows, of the windows in which a G-gram covers the motif, or without a motif of all, the three with
-    most G-grams.
+    Records are read in windows (`cut_windows`). The attention that a G-gram gets in a layer is the mean of its weights
+    over heads and over the G-grams that attend to it: with 4 G-grams in a window, 0.25 is an even share. Written are:
+
+    - `ngrams.tsv`: a line for each occurrence, from the window in whose core it begins.
+    - `layer_1.bedgraph`, ..., `mean.bedgraph`: for each base the sum over the G-grams that cover it.
+    - `attention.png`: the three windows with most G-grams; with a motif, of those in which a G-gram covers it.
 
     Args:
         model: a folder or a name on the Hugging Face hub; it must have G-grams.
@@ -84,7 +85,7 @@ def explain(
         if not loaded.vocabulary.ngrams:
             raise InputError(f"{model}: expected a model with G-grams, found none (no ngram.json)")
         spelled = dict(zip(loaded.vocabulary.ids, loaded.vocabulary.ngrams))
-        progress = stack.enter_context(tqdm(desc="explaining", unit=" bases", unit_scale=True))
+        progress = stack.enter_context(tqdm(desc="explaining", unit=" bases", unit_scale=True, disable=None))
         table = csv.writer(
             stack.enter_context(open(directory / TABLE_FILE, "w", newline="")), delimiter="\t", lineterminator="\n"
         )

@@ -31,7 +31,7 @@ class InferenceModel(NamedTuple):
         encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(sequences, add_special_tokens=False)
         for sequence, encoding in zip(sequences, encodings):
             if "".join(map(self.spelling.__getitem__, encoding.ids)) != sequence:
-                raise InputError(f"the tokenizer does not spell every run of A, C, G, T: {sequence[:50]}")
+                raise InputError(f"the tokenizer does not spell every sequence of A, C, G, T: {sequence[:50]}")
         return [encoding.ids for encoding in encodings]
 
 
@@ -47,7 +47,8 @@ def load_for_inference(
 
     Args:
         name: of the folder or of the hub's model.
-        model_class: which parts of the model are used; one that the folder lacks is an error, or logged if it may be new.
+        model_class: which parts of the model are used; one that the folder lacks is an error, or logged if it may be
+            new.
         dtype: of weights and states.
         attn_implementation: as in `from_pretrained`; "eager" alone returns attention weights.
 

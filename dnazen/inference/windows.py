@@ -1,4 +1,14 @@
-"""Records cut into windows: clean runs of A, C, G, T no longer than the model reads at once."""
+"""Records cut into windows, which a model reads one at a time; and which window speaks for which base.
+
+A record is cut at all letters but A, C, G and T. A stretch between them that is longer than a window is covered by
+windows that overlap. Each base is then in several windows, and belongs to the core of the one in which it lies farthest
+from the ends, for there the model sees most around it. Ten bases, with windows of 6 that begin at most 3 apart:
+
+    base        0123456789
+    window 0    ####--          [0, 6), core [0, 4)
+    window 1      --##--        [2, 8), core [4, 6)
+    window 2        --####      [4, 10), core [6, 10)
+"""
 
 import re
 import tempfile
@@ -11,17 +21,18 @@ from dnazen.files import InputError
 
 # What 510 tokens of a corpus take up, at 4 bases a token.
 WINDOW_BASES = 2040
-_RUN = re.compile(b"[ACGT]+|[^ACGT]+")
+_STRETCH = re.compile(b"[ACGT]+|[^ACGT]+")
 _HELD_BYTES = 1 << 24
 
 
 class Window(NamedTuple):
-    """A stretch of a record. After a record's last window comes one of no bases, at the record's end."""
+    """Bases of a record that are read at once. After a record's last window comes an empty one, at the record's end."""
 
     record: str
     start: int  # in the record, from 0
     sequence: str  # of A, C, G and T
-    core_start: int  # of all windows, the bases [core_start, core_end) lie farthest from the ends in this one
+    # core: the bases [core_start, core_end) that this window reports; no overlapping window gives them more context
+    core_start: int  # in the record
     core_end: int
 
     @property
@@ -37,30 +48,30 @@ def check_window(window: int, stride: int) -> None:
 
 
 def cut_windows(blocks: Iterable[FastaBlock], window: int, stride: int) -> Iterator[Window]:
-    """Cut records at all letters but A, C, G, T, and what is left into windows; see `Window`.
+    """Cut records at all letters but A, C, G, T, and the stretches between into windows; the module draws some.
 
-    A run of at most `window` bases is one window. A longer one is cut into as many windows of `window` bases as it
-    takes for each to begin at most `stride` bases after the last, spread evenly; of two neighbours each owns its half
-    of what they share. The windows of the reverse complement are the mirror images of these, and own the same bases.
+    A stretch of at most `window` bases is one window. A longer one is cut into windows of `window` bases, spread
+    evenly, as many as it takes for each to begin at most `stride` bases after the last; where two cores meet, each has
+    half of what the windows share. The windows and cores of the reverse complement are the mirror images of these.
     """
-    # windows depend on where a run ends, and a run may be a chromosome: what is long is kept on disk
-    with tempfile.SpooledTemporaryFile(_HELD_BYTES) as run:
+    # windows depend on where a stretch ends, and that may be a chromosome's end: what is long is kept on disk
+    with tempfile.SpooledTemporaryFile(_HELD_BYTES) as stretch:
         for record, of_record in groupby(blocks, key=lambda block: block.name):
             end = 0
             for block in of_record:
                 end = block.start + len(block.sequence)
-                for match in _RUN.finditer(block.sequence):
+                for match in _STRETCH.finditer(block.sequence):
                     if match.group()[0] in b"ACGT":
-                        run.write(match.group())
+                        stretch.write(match.group())
                     else:
-                        yield from _cut_run(record, block.start + match.start(), run, window, stride)
-            yield from _cut_run(record, end, run, window, stride)
+                        yield from _cut_stretch(record, block.start + match.start(), stretch, window, stride)
+            yield from _cut_stretch(record, end, stretch, window, stride)
             yield Window(record, end, "", end, end)
 
 
-def _cut_run(record: str, end: int, run: IO[bytes], window: int, stride: int) -> Iterator[Window]:
-    """The windows of the run of bases that `run` holds, which ends at base `end` of the record; `run` is emptied."""
-    length = run.tell()
+def _cut_stretch(record: str, end: int, stretch: IO[bytes], window: int, stride: int) -> Iterator[Window]:
+    """The windows of the bases in the file `stretch`, which end at base `end` of the record; the file is emptied."""
+    length = stretch.tell()
     count = 1 + max(0, -(-(length - window) // stride))
     if count % 2 == 0 and length % 2:
         count += 1  # or the base in the middle would lie as deep in one window as in another
@@ -70,18 +81,19 @@ def _cut_run(record: str, end: int, run: IO[bytes], window: int, stride: int) ->
         core_end = length
         if number + 1 < count:
             seam = _span(number + 1, count, length, window)[0] + last
-            # where what two share has a middle base, the inner one gets it, in either half of the run
+            # where what two share has a middle base, the inner window gets it, in either half of the stretch
             core_end = seam // 2 if number < count // 2 else -(-seam // 2)
-        run.seek(first)
+        stretch.seek(first)
         start = end - length
-        yield Window(record, start + first, run.read(last - first).decode(), start + core_start, start + core_end)
+        bases = stretch.read(last - first).decode()
+        yield Window(record, start + first, bases, start + core_start, start + core_end)
         core_start = core_end
-    run.seek(0)
-    run.truncate()
+    stretch.seek(0)
+    stretch.truncate()
 
 
 def _span(number: int, count: int, length: int, window: int) -> tuple[int, int]:
-    """Where in a run of `length` bases window `number` of `count` lies, `[start, end)`."""
+    """Where in a stretch of `length` bases window `number` of `count` lies, `[start, end)`."""
     mirror = count - 1 - number
     if number > mirror:
         start, end = _span(mirror, count, length, window)

@@ -1,13 +1,22 @@
 """The two passes of G-gram extraction over the tokens: pairs of neighbours, then runs of linked ones.
 
-Both stream over blocks of whole sequences, in this process or in several, on the CPU or on a GPU; all counts are
-integers, so that the result is the same. Counts of different sequences add up: `PairCounts` by `+`, `Runs` by
+Some pairs of tokens are *linked*: they belong together (`dnazen.ngram.links`). Between two neighbours that are not
+linked goes a *delimiter*. With ab, bc and de linked:
+
+    sequence    a b c d e f
+    delimiters  a b c|d e|f
+    pieces      abc, de        two tokens or more between delimiters: the candidates
+    runs        ab, bc, abc, de    two tokens or more in a row within a piece
+
+A candidate is counted wherever it is a run: if ab is a piece elsewhere, its occurrence in abc counts too.
+
+Both passes stream over blocks of whole sequences, in this process or in several, on the CPU or on a GPU. All counts
+are integers, so the result is the same. Counts of different sequences add up: `PairCounts` by `+`, `Runs` by
 `merge_runs`.
 """
 
 import mmap
 import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -26,21 +35,25 @@ BLOCK_TOKENS = 1 << 20  # temporary arrays take some 50 MiB, and stay where memo
 
 
 class PairCounts(NamedTuple):
-    """How often each token occurs, and each pair of neighbours."""
+    """How often each token occurs, and each pair of neighbours.
+
+    With 3 bits a token, the pair of tokens 5 and 2 is counted at code `5 << 3 | 2 = 42`.
+    """
 
     tokens: np.ndarray  # int64 [2 ** bits]
     pairs: np.ndarray  # int64 [2 ** (2 * bits)], by code: first token << bits | second
 
 
 class Runs(NamedTuple):
-    """Distinct runs of two or more tokens whose neighbours are all linked, and what was seen of each.
+    """Distinct runs, and what was seen of each.
 
-    Those of two tokens are only the candidates, with a count of 0: the first pass has counted pairs.
+    Runs of two tokens are here only if they are candidates, and with a count of 0: the first pass has counted pairs.
+    In the module's example: abc (count 1, a candidate) and de (count 0, a candidate); with `max_len` 2, de alone.
     """
 
     keys: torch.Tensor  # int64, rising; as in the table that matching uses
     counts: torch.Tensor  # int64, occurrences anywhere
-    are_candidates: torch.Tensor  # bool: found between two delimiters
+    are_candidates: torch.Tensor  # bool: also found as a whole piece, or as what a long one was split into
 
 
 NO_RUNS = Runs(*(torch.zeros(0, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.bool)))
@@ -53,18 +66,11 @@ class _Job(NamedTuple):
     bits: int  # of a token
     num_workers: int
     device: torch.device
-    show_progress: bool
 
 
 def token_size(token_counts: np.ndarray) -> int:
     """Bits of a token in codes and keys, from the size of a table of all tokens."""
     return (len(token_counts) - 1).bit_length()
-
-
-def take_share(shards: Sequence[Shard], index: int, number: int) -> list[Shard]:
-    """The sequences of share `index` of `number`: as many of each shard in every share, give or take one."""
-    bounds = [[i * (len(offsets) - 1) // number for i in (index, index + 1)] for _, offsets in shards]
-    return [(tokens, offsets[first : end + 1]) for (tokens, offsets), (first, end) in zip(shards, bounds, strict=True)]
 
 
 def count_pairs(
@@ -74,7 +80,6 @@ def count_pairs(
     bits: int,
     num_workers: int = 1,
     device: str = "cpu",
-    show_progress: bool = True,
 ) -> PairCounts:
     """Count tokens and pairs of neighbours, none of them across a sequence's end.
 
@@ -86,8 +91,8 @@ def count_pairs(
     """
     totals = PairCounts(_shared_zeros(1 << bits), _shared_zeros(1 << 2 * bits))
     lock = multiprocessing.get_context("fork").Lock()
-    job = _Job(shards, bits, num_workers, _pick_device(device, num_workers), show_progress)
-    for _ in _run(job, "counting pairs", _count_pairs, vocab_size, totals, lock):
+    job = _Job(shards, bits, num_workers, _pick_device(device, num_workers))
+    for _ in _work_through(job, "counting pairs", _count_pairs, vocab_size, totals, lock):
         pass
     return totals
 
@@ -102,46 +107,42 @@ def count_runs(
     long_pieces: str,
     num_workers: int = 1,
     device: str = "cpu",
-    show_progress: bool = True,
 ) -> tuple[Runs, np.ndarray]:
-    """Find the runs of `min_len` to `max_len` tokens whose pairs are all linked, and which of them are candidates.
+    """Find the runs of `min_len` to `max_len` tokens, and which of them are candidates.
 
     Memory: 16 MiB for 4,096 tokens and a block per worker, and some 70 bytes for each distinct run.
 
     Args:
         linked_pairs: codes of pairs, as in `PairCounts`.
+        long_pieces: "drop" pieces longer than `max_len`, or "split" them from the left: abcdefg into abcde and fg.
 
     Returns:
-        The runs, and how many pieces between delimiters have each length `[max_len + 2]`, all longer ones last.
+        The runs, and how many pieces have each length, int64 `[max_len + 2]`: entry n counts those of n tokens, the
+        last entry all that are longer than `max_len`.
+
+    Raises:
+        InputError: no CUDA device; several workers on one.
     """
     linked = torch.zeros(1 << 2 * bits, dtype=torch.bool)
     linked[torch.from_numpy(linked_pairs)] = True
     found, num_pieces = [], np.zeros(max_len + 2, np.int64)
-    job = _Job(shards, bits, num_workers, _pick_device(device, num_workers), show_progress)
-    for arrays, histogram in _run(
-        job, "counting candidates", _count_runs, linked, min_len, max_len, long_pieces == "split"
-    ):
+    job = _Job(shards, bits, num_workers, _pick_device(device, num_workers))
+    arguments = linked, min_len, max_len, long_pieces == "split"
+    for arrays, histogram in _work_through(job, "counting candidates", _count_runs, *arguments):
         _append_runs(found, Runs(*map(torch.from_numpy, arrays)))
         num_pieces += histogram
     return merge_runs(found) if len(found) > 1 else found[0], num_pieces
 
 
-def merge_runs(parts: Sequence[Runs]) -> Runs:
-    """One of each run in `parts`, in order: counts are added, and what is a candidate in one is a candidate."""
-    keys, counts, are_candidates = map(torch.cat, zip(*parts, strict=True))
+def merge_runs(found: Sequence[Runs]) -> Runs:
+    """Each run once, in order: counts are added, and what is a candidate in one of `found` is a candidate."""
+    keys, counts, are_candidates = map(torch.cat, zip(*found, strict=True))
     keys, places = keys.unique(return_inverse=True)
     return Runs(
         keys,
         torch.zeros_like(keys).scatter_add_(0, places, counts),
         torch.zeros_like(keys, dtype=torch.bool).index_fill_(0, places[are_candidates], True),
     )
-
-
-def cut_keys(sample: Iterable[int], number: int) -> torch.Tensor:
-    """The keys `[number - 1]` at which ranges begin that hold equal shares of a sample of keys, the first aside."""
-    keys = sorted(sample)
-    bounds = [keys[i * len(keys) // number] for i in range(1, number)] if keys else [0] * (number - 1)
-    return torch.tensor(bounds, dtype=torch.int64)
 
 
 def read_slice(array: np.ndarray, first: int, end: int) -> np.ndarray:
@@ -155,7 +156,9 @@ def read_slice(array: np.ndarray, first: int, end: int) -> np.ndarray:
 
 
 def find_pieces(linked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First token and number of tokens of each maximal run of two or more tokens without a delimiter, in order.
+    """Where each piece begins and how many tokens it has, in order.
+
+    For the module's example, `[True, True, False, True, False]` gives starts `[0, 3]` and sizes `[3, 2]`.
 
     Args:
         linked: bool `[n - 1]` for n tokens; False where a delimiter goes between token i and i + 1.
@@ -166,7 +169,7 @@ def find_pieces(linked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _pick_device(name: str, num_workers: int) -> torch.device:
-    """ "cpu" or "cuda"; of several CUDA devices, that of this process' number on the machine."""
+    """The device called "cpu" or "cuda"."""
     if name not in ("cpu", "cuda"):
         raise InputError(f"device: expected cpu or cuda, found {name}")
     if name == "cpu":
@@ -174,8 +177,9 @@ def _pick_device(name: str, num_workers: int) -> torch.device:
     if not torch.cuda.is_available():
         raise InputError("device: expected a CUDA device for cuda, found none that PyTorch can use; take cpu")
     if num_workers > 1:
-        raise InputError(f"num_workers: expected 1 with device cuda (torchrun uses several), found {num_workers}")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        expected = "1 with device cuda (a shard for each of several GPUs: `dnazen ngrams count`)"
+        raise InputError(f"num_workers: expected {expected}, found {num_workers}")
+    return torch.device(name)
 
 
 def _iterate_blocks(shards: Sequence[Shard]) -> Iterator[Block]:
@@ -183,14 +187,36 @@ def _iterate_blocks(shards: Sequence[Shard]) -> Iterator[Block]:
         yield from ((number, first, end) for first, end in cut_blocks(offsets, BLOCK_TOKENS))
 
 
+def encode_pairs(tokens: torch.Tensor, offsets: np.ndarray, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes `[n - 1]` of the pairs of neighbours among n tokens, and which of them reach across a sequence's end.
+
+    Args:
+        tokens: int64 `[n]`.
+        offsets: `[s + 1]`: where each of s sequences starts; the first need not be at 0.
+    """
+    across = np.unique(offsets - offsets[0])[1:-1].astype(np.int64) - 1
+    return torch.add(tokens[1:], tokens[:-1], alpha=1 << bits), torch.from_numpy(across).to(tokens.device)
+
+
+def add_pairs(
+    token_counts: torch.Tensor,
+    pair_counts: torch.Tensor,
+    tokens: torch.Tensor,
+    codes: torch.Tensor,
+    across: torch.Tensor,
+) -> None:
+    """Add tokens and pairs, as `encode_pairs` has them, to tables as those of `PairCounts`."""
+    token_counts += torch.bincount(tokens, minlength=len(token_counts))
+    pair_counts.scatter_add_(0, codes, torch.ones_like(codes))
+    pair_counts.scatter_add_(0, codes[across], torch.full_like(across, -1))
+
+
 def _load_block(job: _Job, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A block's tokens, the codes of its pairs of neighbours, and which pairs reach across a sequence's end."""
+    """A block's tokens, and of its pairs what `encode_pairs` says."""
     tokens, offsets = job.shards[block[0]]
     offsets = offsets[block[1] : block[2] + 1]
     tokens = torch.from_numpy(read_slice(tokens, int(offsets[0]), int(offsets[-1])).astype(np.int64)).to(job.device)
-    codes = torch.add(tokens[1:], tokens[:-1], alpha=1 << job.bits)
-    across = np.unique(offsets - offsets[0])[1:-1] - 1
-    return tokens, codes, torch.from_numpy(across).to(job.device)
+    return tokens, *encode_pairs(tokens, offsets, job.bits)
 
 
 def _count_pairs(blocks, job, vocab_size, totals, lock):
@@ -202,16 +228,14 @@ def _count_pairs(blocks, job, vocab_size, totals, lock):
             offsets = job.shards[block[0]][1]
             where = f"shard {block[0]}, tokens {offsets[block[1]]} to {offsets[block[2]] - 1}"
             raise InputError(f"{where}: expected token ids below {vocab_size}, found {tokens.max()}")
-        token_counts += torch.bincount(tokens, minlength=len(token_counts))
-        pair_counts.scatter_add_(0, codes, torch.ones_like(codes))
-        pair_counts.scatter_add_(0, codes[across], torch.full_like(across, -1))
+        add_pairs(token_counts, pair_counts, tokens, codes, across)
     with lock:
         for total, own in zip(totals, (token_counts, pair_counts), strict=True):
             total += own.cpu().numpy()
 
 
 def _count_runs(blocks, job, linked, min_len, max_len, split):
-    """The arrays of a share's runs, and how many pieces there are by length, all longer ones last."""
+    """The arrays of a share's runs, and how many pieces there are by length, as `count_runs` returns them."""
     linked = linked.to(job.device)
     is_candidate = torch.zeros_like(linked)
     histogram = torch.zeros(max_len + 2, dtype=torch.int64, device=job.device)
@@ -222,12 +246,12 @@ def _count_runs(blocks, job, linked, min_len, max_len, split):
         links[across] = False
         starts, sizes = find_pieces(links)
         histogram += torch.bincount(sizes.clamp(max=max_len + 1), minlength=len(histogram))
-        if split:
-            parts = -(-sizes // max_len)
-            order = torch.arange(int(parts.sum()), device=job.device)
-            done = max_len * (order - (parts.cumsum(0) - parts).repeat_interleave(parts))
-            starts = starts.repeat_interleave(parts) + done
-            sizes = (sizes.repeat_interleave(parts) - done).clamp(max=max_len)
+        if split:  # with max_len 5, a piece of 7 tokens that starts at 3 becomes one of 5 at 3 and one of 2 at 8
+            times = -(-sizes // max_len)
+            order = torch.arange(int(times.sum()), device=job.device)
+            before = max_len * (order - (times.cumsum(0) - times).repeat_interleave(times))
+            starts = starts.repeat_interleave(times) + before
+            sizes = (sizes.repeat_interleave(times) - before).clamp(max=max_len)
         if min_len == 2:
             is_candidate[codes[starts[sizes == 2]]] = True
         follows = torch.nn.functional.pad(links, (0, 1))
@@ -260,16 +284,16 @@ def _pack(tokens: torch.Tensor, starts: torch.Tensor, length: int, bits: int) ->
     return keys
 
 
-def _run(job: _Job, what: str, function: Callable, *arguments: Any) -> Iterator[Any]:
+def _work_through(job: _Job, what: str, function: Callable, *arguments: Any) -> Iterator[Any]:
     """Yield `function(blocks, job, *arguments)`, or that over a share of the blocks in each of several processes.
 
-    In which order the processes' results come is left to chance. A process uses one core.
+    The processes' results come in no particular order. A process uses one core.
     """
     blocks = list(_iterate_blocks(job.shards))
     shares = [blocks[i :: job.num_workers] for i in range(max(1, min(job.num_workers, len(blocks))))]
     tokens_done = _shared_zeros(len(shares))
     total, num_threads = _count_tokens(blocks, job.shards), torch.get_num_threads()
-    with tqdm(desc=what, unit=" tokens", unit_scale=True, total=total, disable=not job.show_progress) as progress:
+    with tqdm(desc=what, unit=" tokens", unit_scale=True, total=total, disable=None) as progress:
 
         def show() -> None:
             progress.update(int(tokens_done.sum()) - progress.n)

@@ -1,7 +1,11 @@
 """Counts of parts of the data, each a folder, from which G-grams are made as if from all the data at once.
 
-The first count of every part is of pairs. The second needs the pairs of all parts, which say what is linked, and is of
-the runs of linked pairs. Those are merged, one range of keys after the other.
+A part is a corpus, or one of the even shards of a corpus; each is counted by itself, on any machine, at any time. The
+first count of every part is of pairs. The second needs the pairs of all parts, which say what is linked, and is of
+runs. Those are merged. With two parts:
+
+    count part 1 -> pairs 1     count part 1 --pairs 1 2 -> runs 1
+    count part 2 -> pairs 2     count part 2 --pairs 1 2 -> runs 2     merge runs 1 2 -> G-grams
 """
 
 import hashlib
@@ -16,28 +20,13 @@ import numpy as np
 import torch
 
 from dnazen import __version__
+from dnazen.data.corpus import Corpus
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_checksum
 from dnazen.files import InputError, atomic_directory, read_json, sha256_file, write_json
-from dnazen.ngram.count import (
-    PairCounts,
-    Runs,
-    count_pairs,
-    count_runs,
-    cut_keys,
-    merge_runs,
-    read_slice,
-    take_share,
-)
-from dnazen.ngram.extract import (
-    Links,
-    check_parameters,
-    choose_runs,
-    extract_ngrams,
-    link_pairs,
-    list_ngrams,
-    write_manifest,
-    write_ngrams,
-)
+from dnazen.ngram.build import write_manifest, write_ngrams
+from dnazen.ngram.count import PairCounts, Runs, Shard, count_pairs, count_runs, merge_runs, read_slice
+from dnazen.ngram.extract import check_parameters, choose_runs, extract_ngrams, list_ngrams
+from dnazen.ngram.links import Links, link_pairs
 from dnazen.ngram.vocab import MANIFEST_FILE
 
 FORMAT, FORMAT_VERSION = "dnazen-ngram-counts", 2
@@ -45,7 +34,7 @@ MERGED_RUNS = 1 << 23  # merged at a time: some 500 MiB
 
 
 def build_counts(
-    corpus: Any,
+    corpus: Corpus,
     output_dir: str | PathLike,
     *,
     shard: tuple[int, int] = (1, 1),
@@ -54,12 +43,10 @@ def build_counts(
     device: str = "cpu",
     **thresholds: int | float | str,
 ) -> dict[str, Any]:
-    """Count the pairs of a corpus' training split, or of a shard of it; with `pairs`, the runs of linked pairs.
-
-    `corpus` is a `dnazen.data.corpus.Corpus`. Returns the manifest.
+    """Count the pairs of a corpus' training split, or of a shard of it; with `pairs`, its runs. Returns the manifest.
 
     Args:
-        shard: (i, n): the i-th of n even shares of the sequences.
+        shard: (i, n): the i-th of n even shards of the sequences.
         pairs: folders with the pairs of all parts, this one's among them.
         thresholds: `min_pmi`, `min_pair_count`, `min_len`, `max_len` and `long_pieces`, as of `extract_ngrams`.
 
@@ -77,7 +64,7 @@ def build_counts(
     tokenizer = corpus.tokenizer
     bits = check_parameters(corpus.train.shards, len(tokenizer), num_workers=num_workers, **thresholds)
     options = dict(bits=bits, num_workers=num_workers, device=device)
-    share = take_share(corpus.train.shards, shard[0] - 1, shard[1])
+    own = take_shard(corpus.train.shards, *shard)
     shards = [described for described in corpus.manifest["shards"] if described["split"] == "train"]
     manifest = {
         "format": FORMAT,
@@ -90,13 +77,13 @@ def build_counts(
         "tokens_sha256": [described["files"][f"{described['name']}.tokens.npy"] for described in shards],
         "sources_sha256": [source["sha256"] for source in corpus.manifest["sources"]],
         "shard": shard,
-        "num_tokens": sum(int(offsets[-1] - offsets[0]) for _, offsets in share),
+        "num_tokens": sum(int(offsets[-1] - offsets[0]) for _, offsets in own),
     }
     with atomic_directory(output_dir) as directory:
         if pairs:
             links, corpora = _link_all(pairs, manifest, thresholds)
             runs, num_pieces = count_runs(
-                share,
+                own,
                 linked_pairs=links.pairs,
                 **{name: thresholds[name] for name in ("min_len", "max_len", "long_pieces")},
                 **options,
@@ -106,7 +93,7 @@ def build_counts(
             arrays = {"token_counts": links.token_counts, "pairs": links.pairs, "pair_counts": links.pair_counts}
             arrays |= {f"run_{name}": array.numpy() for name, array in runs._asdict().items()}
         else:
-            arrays = count_pairs(share, vocab_size=len(tokenizer), **options)._asdict()
+            arrays = count_pairs(own, vocab_size=len(tokenizer), **options)._asdict()
         manifest |= {"seconds": round(time.perf_counter() - start, 3), "files": {}}
         for name, array in arrays.items():
             np.save(directory / f"{name}.npy", array)
@@ -115,6 +102,13 @@ def build_counts(
         manifest["checksum"] = _digest(manifest)
         write_json(directory / MANIFEST_FILE, manifest)
     return manifest
+
+
+def take_shard(shards: Sequence[Shard], index: int, number: int) -> list[Shard]:
+    """Shard `index`, from 1, of `number` of a corpus' sequences: of each of its files as many as any other, give or
+    take one."""
+    bounds = [[i * (len(offsets) - 1) // number for i in (index - 1, index)] for _, offsets in shards]
+    return [(tokens, offsets[first : end + 1]) for (tokens, offsets), (first, end) in zip(shards, bounds, strict=True)]
 
 
 def merge_counts(paths: Sequence[str | PathLike], output_dir: str | PathLike, *, min_count: int = 5) -> dict[str, Any]:
@@ -145,14 +139,31 @@ def merge_counts(paths: Sequence[str | PathLike], output_dir: str | PathLike, *,
             )
         arrays = [np.array(first.arrays[name]) for name in _LINKS]
         links = Links(arrays[0], first.manifest["num_pairs"], *arrays[1:])
-        chosen = [choose_runs(runs, links, min_count) for runs in _merge_ranges(parts)]
+        columns = [[part.arrays[f"run_{name}"] for name in Runs._fields] for part in parts]
+        chosen = [choose_runs(runs, links, min_count) for runs in merge_by_range(columns)]
         num_pieces = np.sum([part.manifest["num_pieces"] for part in parts], 0)
         extraction = list_ngrams(chosen, links, num_pieces)
         parameters = {**first.manifest["parameters"], "min_count": min_count}
-        sources, tokenizer = ", ".join(str(part.path) for part in parts), first.tokenizer
-        write_ngrams(directory, extraction, tokenizer, sources, parameters)
+        counted, tokenizer = ", ".join(str(part.path) for part in parts), first.tokenizer
+        write_ngrams(directory, extraction, tokenizer, counted, parameters)
         seconds = round(time.perf_counter() - start, 3)
         return write_manifest(directory, extraction, parameters, corpora, tokenizer, seconds)
+
+
+def merge_by_range(columns: Sequence[Sequence[np.ndarray]]) -> Iterator[Runs]:
+    """The runs of all parts, merged, in order of their keys: one range of keys with some `MERGED_RUNS` after the other.
+
+    Args:
+        columns: the arrays of each part's `Runs`, keys rising.
+    """
+    sizes = [len(keys) for keys, *_ in columns]
+    number = 1 + sum(sizes) // MERGED_RUNS
+    sample = np.sort(np.concatenate([keys[:: max(1, sum(sizes) >> 16)] for keys, *_ in columns]))
+    bounds = sample[np.arange(1, number) * len(sample) // number]
+    cuts = [[0, *np.searchsorted(keys, bounds), len(keys)] for keys, *_ in columns]
+    for i in range(number):
+        slices = [[read_slice(array, cut[i], cut[i + 1]) for array in arrays] for arrays, cut in zip(columns, cuts)]
+        yield merge_runs([Runs(*(torch.from_numpy(np.array(array)) for array in arrays)) for arrays in slices])
 
 
 def summarize(manifest: dict[str, Any]) -> str:
@@ -248,16 +259,3 @@ def _link_all(
         for name, total in table._asdict().items():
             total += read_slice(part.arrays[name], 0, len(total))
     return link_pairs(table, thresholds["min_pmi"], thresholds["min_pair_count"]), corpora
-
-
-def _merge_ranges(parts: Sequence[_Part]) -> Iterator[Runs]:
-    """The runs of all parts, merged, in order, some at a time."""
-    columns = [[part.arrays[f"run_{name}"] for name in Runs._fields] for part in parts]
-    sizes = [len(keys) for keys, *_ in columns]
-    number = 1 + sum(sizes) // MERGED_RUNS
-    sample = np.concatenate([keys[:: max(1, sum(sizes) >> 16)] for keys, *_ in columns])
-    bounds = cut_keys(sample.tolist(), number).numpy()
-    cuts = [[0, *np.searchsorted(keys, bounds), len(keys)] for keys, *_ in columns]
-    for i in range(number):
-        slices = [[read_slice(array, cut[i], cut[i + 1]) for array in arrays] for arrays, cut in zip(columns, cuts)]
-        yield merge_runs([Runs(*(torch.from_numpy(np.array(array)) for array in arrays)) for arrays in slices])

@@ -6,10 +6,10 @@ import logging
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dnazen.data.corpus import Corpus
 from dnazen.data.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_checksum
 from dnazen.files import InputError, read_json, sha256_file, write_json
 from dnazen_kernels.ngram_matching import NgramTable
@@ -116,8 +116,8 @@ class NgramVocabulary:
         write_json(Path(directory) / NGRAM_FILE, content)
 
 
-def load_ngrams(path: str | PathLike, corpus: Any) -> NgramVocabulary:
-    """Read the G-grams that `dnazen ngrams` wrote, for use with a corpus (`dnazen.data.corpus.Corpus`).
+def load_ngrams(path: str | PathLike, corpus: Corpus) -> NgramVocabulary:
+    """Read the G-grams that `dnazen ngrams` wrote, for use with a corpus.
 
     They may come from another corpus with the same tokenizer. A folder without `manifest.json`, or the bare
     `ngram.json`, is taken too; then only the tokens themselves are checked.

@@ -13,7 +13,7 @@ from dnazen.data.corpus import Corpus, build_corpus, summarize
 from dnazen.data.fasta import describe_sources
 from dnazen.data.tokenizer import SOURCES_FILE, build_tokenizer, load_tokenizer
 from dnazen.files import InputError, read_json
-from dnazen.ngram import extract
+from dnazen.ngram import build
 
 PACKAGED_GENOME = Path(dnazen.data.__file__).parent / "genomes" / "ecoli536_NC_008253.fna.gz"
 _VALIDATION_FRACTION = 0.05  # enough of a small genome for intervals that mean something
@@ -46,7 +46,7 @@ def prepare_data(fasta: list[str], work_dir: Path) -> tuple[Path, Path]:
         corpus = _prepare_corpus(fasta, work_dir / "tokenizer", corpus_dir)
         if not ngrams_dir.exists():
             print("Extracting G-grams", flush=True)
-            print(extract.summarize(extract.build_ngrams(corpus, ngrams_dir)), flush=True)
+            print(build.summarize(build.build_ngrams(corpus, ngrams_dir)), flush=True)
     return corpus_dir, ngrams_dir
 
 

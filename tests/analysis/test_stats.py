@@ -10,8 +10,9 @@ import random
 import numpy as np
 import pytest
 
-from dnazen.analysis import stats
-from dnazen.analysis.stats import build_statistics, collect_statistics, find_sources
+from dnazen.analysis import stats_counts
+from dnazen.analysis.stats import build_statistics
+from dnazen.analysis.stats_counts import collect_statistics, find_sources
 from dnazen.cli.main import main
 from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.tables import read_sequences
@@ -148,8 +149,8 @@ def test_real_data_equals_plain_counting(shared_data, tmp_path):
 
 @pytest.mark.parametrize("batch", [(1, 1), (7, 100), (2048, 1 << 18)], ids=str)
 def test_made_up_data_equals_plain_counting(monkeypatch, data_dir, ngrams_dir, batch):
-    monkeypatch.setattr(stats, "_BATCH_SEQUENCES", batch[0])
-    monkeypatch.setattr(stats, "_BATCH_TOKENS", batch[1])
+    monkeypatch.setattr(stats_counts, "_BATCH_SEQUENCES", batch[0])
+    monkeypatch.setattr(stats_counts, "_BATCH_TOKENS", batch[1])
     write_csv(data_dir / "tf" / "1" / "other.csv", ["AC", "A", "NNNNACGTNN", "acgtACGT", "ACGUACGU"])
     vocabulary, tokenizer = open_ngrams(ngrams_dir)
     sources = find_sources([data_dir])
@@ -160,7 +161,7 @@ def test_made_up_data_equals_plain_counting(monkeypatch, data_dir, ngrams_dir, b
 
 @pytest.mark.parametrize("batch_tokens", [1, 200, 1 << 18])
 def test_corpus_equals_its_sequences_one_by_one(monkeypatch, corpus_dir, ngrams_dir, batch_tokens):
-    monkeypatch.setattr(stats, "_BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(stats_counts, "_BATCH_TOKENS", batch_tokens)
     vocabulary, tokenizer = open_ngrams(ngrams_dir)
     found = collect_statistics(find_sources([corpus_dir]), vocabulary, tokenizer)
     corpus = Corpus.open(corpus_dir)
@@ -253,7 +254,7 @@ def test_refusals_leave_nothing_behind(data_dir, ngrams_dir, tmp_path, tokenizer
 def test_bare_ngrams_with_a_named_tokenizer(data_dir, ngrams_dir, tmp_path):
     (tmp_path / "bare.json").write_bytes((ngrams_dir / "ngram.json").read_bytes())
     found = build_statistics(tmp_path / "bare.json", [data_dir], tmp_path / "a", tokenizer=ngrams_dir)
-    assert found.splits == build_statistics(ngrams_dir, [data_dir], tmp_path / "b").splits
+    assert found.splits == collect_statistics(find_sources([data_dir]), *open_ngrams(ngrams_dir)).splits
 
 
 def test_corpus_of_another_tokenizer(ngrams_dir, tmp_path):

@@ -1,37 +1,48 @@
-"""Run the command in forked processes, which may be killed or work together."""
+"""Run the command in a forked process, which may be killed: without the seconds that a new interpreter takes."""
 
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 
 import torch
 
 from dnazen.cli.main import main
-from tests.helpers.launch import free_port
 
 
-def run_forked(size: int, function: Callable[[int], int | None]) -> list[int]:
-    """Call `function(rank)` in `size` processes that could form a group; their exit codes, -9 if killed."""
-    port = str(free_port())
+def start_forked(function: Callable[[], int | None]) -> BaseProcess:
+    """A process that calls `function` and exits with what it returns."""
 
-    def start(rank: int) -> None:
+    def start() -> None:
         torch.set_num_threads(1)  # the parent's threads do not survive a fork
-        if size > 1:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        sys.exit(function(rank))
+        sys.exit(function())
 
-    processes = [multiprocessing.get_context("fork").Process(target=start, args=(rank,)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise TimeoutError(f"one of {size} processes did not end")
-    return [process.exitcode for process in processes]
+    process = multiprocessing.get_context("fork").Process(target=start)
+    process.start()
+    return process
+
+
+def run_forked(function: Callable[[], int | None]) -> int:
+    """The exit code of a process that calls `function`, -9 if killed."""
+    process = start_forked(function)
+    process.join(120)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise TimeoutError("the process did not end")
+    return process.exitcode
+
+
+def run_command(*words: object, before: Callable[[], None] = lambda: None) -> int:
+    """Run the command in a process of its own, after `before()`; its exit code, -9 if killed."""
+
+    def run() -> int:
+        before()
+        return main([str(word) for word in words])
+
+    return run_forked(run)
 
 
 def kill_at(name: str) -> None:
@@ -52,13 +63,3 @@ def kill_at(name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
-
-
-def run_command(size: int, *words: object, before: Callable[[int], None] = lambda rank: None) -> list[int]:
-    """Run the command in `size` processes, each after `before(rank)`; their exit codes, -9 if killed."""
-
-    def start(rank: int) -> int:
-        before(rank)
-        return main([str(word) for word in words])
-
-    return run_forked(size, start)

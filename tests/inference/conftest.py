@@ -9,7 +9,7 @@ from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.fasta import read_fasta
 from dnazen.data.tokenizer import save_tokenizer, train_tokenizer
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
-from dnazen.ngram.extract import build_ngrams
+from dnazen.ngram.build import build_ngrams
 from dnazen.ngram.vocab import load_ngrams
 from dnazen.pretraining.prepare import PACKAGED_GENOME
 from tests.helpers.published import random_weights, write_dnabert2

@@ -1,10 +1,9 @@
 """`dnazen embed`: vectors against plain loops over the model, in every format, whatever the batch."""
 
 import csv
+import functools
 import gzip
-import json
-import subprocess
-import sys
+import resource
 import time
 import tracemalloc
 
@@ -21,6 +20,7 @@ from dnazen.data.tokenizer import load_tokenizer
 from dnazen.inference.embed import POOLINGS, embed
 from dnazen.models import DNAZenModel
 from dnazen.ngram.vocab import NgramVocabulary
+from tests.helpers.forked import run_forked, start_forked
 
 # rounding of fp32 sums of some hundred terms in another order
 ROUNDING = dict(rtol=1e-5, atol=1e-5)
@@ -43,16 +43,25 @@ def fasta(sequences, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(model_folder):
-    """States of one sequence at a time after a layer, [CLS] first, and the length of each token in bases."""
+    """States of one sequence at a time after a layer, [CLS] first, and the length of each token in bases.
+
+    The model runs once for each sequence, whatever is asked of it.
+    """
     model = DNAZenModel.from_pretrained(model_folder).eval()
     tokenizer = load_tokenizer(model_folder)
     collator = PackedCollator(tokenizer, NgramVocabulary.from_pretrained(model_folder, tokenizer))
 
-    def states(sequence, layer=-1):
+    @functools.cache
+    def run(sequence):
         ids = tokenizer(sequence, add_special_tokens=False)["input_ids"]
         with torch.no_grad():
-            found = model(**collator([ids]), output_hidden_states=True).hidden_states[layer]
-        return found[:-1].numpy(), [len(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+            found = model(**collator([ids]), output_hidden_states=True).hidden_states
+        lengths = [len(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+        return [states[:-1].numpy() for states in found], lengths
+
+    def states(sequence, layer=-1):
+        found, lengths = run(sequence)
+        return found[layer], lengths
 
     return states
 
@@ -264,30 +273,25 @@ def test_outputs_are_never_overwritten(model_folder, fasta, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.parquet", "o.tsv"]
 
 
-FULL_DISK = """\
-import json, resource, signal, sys
-from dnazen.cli.main import main
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-sys.exit([main(arguments) for arguments in json.loads(sys.argv[1])] != [1] * int(sys.argv[2]))
-"""
-
-
-def check_full_disk(commands):
+def check_full_disk(commands, capfd):
     """Each of the commands must fail, with one line that says why, where no file may have more than 20 kB."""
-    words = [sys.executable, "-c", FULL_DISK, json.dumps(commands), str(len(commands))]
-    result = subprocess.run(words, capture_output=True, text=True)
-    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
-    errors = [text for text in result.stderr.splitlines() if text.startswith("dnazen: error: ")]
+
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        return [main(words) for words in commands] != [1] * len(commands)
+
+    exit_code, printed = run_forked(run), capfd.readouterr().err
+    assert exit_code == 0 and "Traceback" not in printed, printed
+    errors = [text for text in printed.splitlines() if text.startswith("dnazen: error: ")]
     assert len(errors) == len(commands), errors
     for error, command in zip(errors, commands):
         assert command[-1] in error and ("File too large" in error or "is the disk full?" in error), error
 
 
-def test_full_disk_leaves_nothing(model_folder, fasta, tmp_path):
+def test_full_disk_leaves_nothing(model_folder, fasta, tmp_path, capfd):
     names = ("o.npy", "o.parquet", "o.h5")
     words = [*arguments(model_folder, fasta, "", "--pooling", "base"), "--output"]
-    check_full_disk([[*words, str(tmp_path / name)] for name in names])
+    check_full_disk([[*words, str(tmp_path / name)] for name in names], capfd)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -295,13 +299,13 @@ def test_killed_while_it_writes(model_folder, genome, tmp_path, caplog):
     """kill -9 leaves nothing under the name that was asked for; the next try removes what it leaves, and is whole."""
     (tmp_path / "in.fa").write_text(f">a\n{genome}\n")
     words = arguments(model_folder, tmp_path / "in.fa", tmp_path / "o.npy", "--pooling", "base")
-    process = subprocess.Popen([sys.executable, "-m", "dnazen.cli.main", *words], stderr=subprocess.DEVNULL)
+    process = start_forked(lambda: main(words))
     deadline = time.monotonic() + 120
     while not any(path.stat().st_size > 100_000 for path in tmp_path.glob(".o.npy.*.tmp")):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
-    process.wait()
+    process.join()
     left = sorted(path.name for path in tmp_path.iterdir() if path.name != "in.fa")
     assert len(left) == 2 and all(name.endswith(".tmp") for name in left)
     (tmp_path / "in.fa").write_text(f">a\n{genome[:300]}\n")

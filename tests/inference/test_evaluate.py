@@ -11,7 +11,7 @@ from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.fasta import read_fasta
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
-from dnazen.ngram.extract import build_ngrams
+from dnazen.ngram.build import build_ngrams
 from dnazen.ngram.vocab import load_ngrams
 from dnazen.pretraining.prepare import PACKAGED_GENOME
 

@@ -62,5 +62,5 @@ def test_what_cannot_be_loaded(model_folder, tmp_path):
 
 def test_letters_that_the_tokenizer_does_not_spell(model_folder):
     loaded = load_for_inference(str(model_folder), DNAZenModel)
-    with pytest.raises(InputError, match="does not spell every run of A, C, G, T: ACGTN"):
+    with pytest.raises(InputError, match="does not spell every sequence of A, C, G, T: ACGTN"):
         loaded.tokenize(["ACGT", "ACGTN"])

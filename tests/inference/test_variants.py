@@ -15,7 +15,7 @@ from dnazen.cli.main import main
 from dnazen.data.fasta import reverse_complement
 from dnazen.data.tokenizer import load_tokenizer
 from dnazen.inference.loading import load_for_inference
-from dnazen.inference.variants import _strands, variants
+from dnazen.inference.variants import _pair_alleles, variants
 from dnazen.models import DNAZenForMaskedLM
 from dnazen.ngram.vocab import NgramVocabulary
 from tests.inference.test_embed import check_full_disk
@@ -189,16 +189,16 @@ def test_what_is_scored_spells_the_same_stretch_around_either_allele(loaded, lef
     if {ref[:1], ref[-1:]} & {alt[:1], alt[-1:]}:
         return  # not what remains of two alleles
     spell = [len(token) for token in loaded.spelling]
-    for strand in _strands(left, right, ref, alt, loaded, np.array(spell)):
-        stretches = map(strand.spelled, (strand.ref, strand.alt))
-        text = ["".join(loaded.spelling[token] for token in tokens) for tokens in stretches]
+    for pair in _pair_alleles(left, right, ref, alt, loaded, np.array(spell)):
+        scored = map(pair.spelled, (pair.ref, pair.alt))
+        text = ["".join(loaded.spelling[token] for token in tokens) for tokens in scored]
         assert text[0] and text[1] and text[0] != text[1]
         assert len(text[1]) - len(text[0]) == len(alt) - len(ref)
         for count in range(3):
-            masked = strand.masked(count, 4)
-            assert masked[: strand.left] == strand.ref[: strand.left] == strand.alt[: strand.left]
-            assert masked[len(masked) - strand.right :] == strand.alt[len(strand.alt) - strand.right :]
-            assert masked.count(4) == count and len(masked) == strand.left + count + strand.right
+            masked = pair.masked(count, 4)
+            assert masked[: pair.left] == pair.ref[: pair.left] == pair.alt[: pair.left]
+            assert masked[len(masked) - pair.right :] == pair.alt[len(pair.alt) - pair.right :]
+            assert masked.count(4) == count and len(masked) == pair.left + count + pair.right
 
 
 def test_what_is_not_scored_is_counted_and_the_rest_of_the_line_kept(model_folder, contig, files):
@@ -393,12 +393,12 @@ def test_outputs_and_arguments(model_folder, contig, files, capsys):
     assert (files.folder / "out.vcf").read_bytes() == before and not (files.folder / "new.vcf").exists()
 
 
-def test_full_disk_leaves_nothing(model_folder, contig, files):
+def test_full_disk_leaves_nothing(model_folder, contig, files, capfd):
     records = [
         line(pos, base, other(base), info=f"N={random.Random(pos).randbytes(500).hex()}")  # not to be compressed away
         for pos, base in enumerate(contig[:200], 1)
     ]
     (files.folder / "in.vcf").write_text(HEADER + "".join(records))
     words = [*command(model_folder, files.folder), "--flank", "10", "--output"]
-    check_full_disk([[*words, str(files.folder / name)] for name in ("out.vcf", "out.vcf.gz")])
+    check_full_disk([[*words, str(files.folder / name)] for name in ("out.vcf", "out.vcf.gz")], capfd)
     assert sorted(path.name for path in files.folder.iterdir()) == ["in.vcf", "ref.fa"]

@@ -19,7 +19,7 @@ from dnazen.cli.main import main
 from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.models import DNAZenForMaskedLM
-from dnazen.ngram.extract import build_ngrams
+from dnazen.ngram.build import build_ngrams
 from dnazen.pretraining import bench
 from dnazen.pretraining.bench import Compilations, Stopwatch, idle_gaps, summarize_profile, training_flops
 

@@ -5,8 +5,10 @@ import os
 import resource
 import shutil
 import signal
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,8 +19,9 @@ from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.files import InputError
 from dnazen.ngram import count, parts
-from dnazen.ngram.count import NO_RUNS, Runs, cut_keys, merge_runs, take_share
-from dnazen.ngram.parts import build_counts, merge_counts
+from dnazen.ngram.build import build_ngrams
+from dnazen.ngram.count import NO_RUNS, Runs, merge_runs
+from dnazen.ngram.parts import build_counts, merge_by_range, merge_counts, take_shard
 from tests.helpers.forked import kill_at, run_command
 
 OPTIONS = {"min_pmi": 0.7, "min_pair_count": 4, "max_len": 4, "long_pieces": "split"}
@@ -93,6 +96,7 @@ def test_merged_equals_all_at_once(folder, tmp_path, capsys, monkeypatch, shards
                 output_dir = tmp_path / f"{'runs' if pairs else 'pairs'}-{name}-{i}"
                 words = ["--corpus", folder / name, "--shard", f"{i}/{number}", "--output-dir", output_dir]
                 words += ["--pairs", *pairs, *flags(options)] if pairs else []
+                words += ["--num-workers", i]
                 assert main(["ngrams", "count", *map(str, words)]) == 0
                 assert "M tokens/s" in capsys.readouterr().out
     counts = [str(path) for path in reversed(sorted(tmp_path.glob("runs-*")))]  # in any order
@@ -111,12 +115,12 @@ def test_merged_equals_all_at_once(folder, tmp_path, capsys, monkeypatch, shards
 
 
 @given(st.lists(st.integers(0, 7), max_size=40), st.integers(1, 60))
-def test_shares_are_all_sequences_once(lengths, number):
+def test_shards_are_all_sequences_once(lengths, number):
     offsets = np.cumsum([3, *lengths])
-    shares = [take_share([(np.arange(offsets[-1]), offsets)], i, number)[0] for i in range(number)]
-    assert [list(share[1]) for share in shares if len(share[1]) > 1] != [] or not lengths
-    assert np.concatenate([share[1][:-1] for share in shares]).tolist() == offsets[:-1].tolist()
-    assert {len(share[1]) - 1 for share in shares} <= {len(lengths) // number, len(lengths) // number + 1}
+    shards = [take_shard([(np.arange(offsets[-1]), offsets)], i, number)[0] for i in range(1, number + 1)]
+    assert [list(shard[1]) for shard in shards if len(shard[1]) > 1] != [] or not lengths
+    assert np.concatenate([shard[1][:-1] for shard in shards]).tolist() == offsets[:-1].tolist()
+    assert {len(shard[1]) - 1 for shard in shards} <= {len(lengths) // number, len(lengths) // number + 1}
 
 
 @st.composite
@@ -126,8 +130,8 @@ def run_parts(draw):
 
 
 @settings(deadline=None)
-@given(run_parts(), st.integers(1, 6))
-def test_runs_add_up(lists, number):
+@given(run_parts())
+def test_runs_add_up(lists):
     def merged(rows):
         columns = list(zip(*rows)) or [[], [], []]
         dtypes = (torch.int64, torch.int64, torch.bool)
@@ -142,8 +146,25 @@ def test_runs_add_up(lists, number):
         assert found == expected[key]
     again = merge_runs([merged(rows) for rows in lists] + [NO_RUNS])
     assert all(x.equal(y) for x, y in zip(again, whole, strict=True))
-    bounds = cut_keys([key for rows in lists for key, _, _ in rows], number)
-    assert len(bounds) == number - 1 and bounds.tolist() == sorted(bounds.tolist())
+
+
+@pytest.mark.parametrize("size, empty", [(2, [0]), (3, [1]), (4, [0, 1, 2, 3]), (4, [])])
+def test_every_key_is_merged_in_one_range(monkeypatch, size, empty):
+    """Each part has keys of its own and some in common, few of them or many, in the same place or not."""
+    monkeypatch.setattr(parts, "MERGED_RUNS", 700)
+    columns = []
+    for part in range(size):
+        rng = np.random.default_rng(part)
+        keys = np.unique(rng.integers(0, 50 + 2000 * part**3, 0 if part in empty else 3000))
+        columns.append((keys, rng.integers(0, 9, len(keys)), rng.random(len(keys)) < 0.3))
+    merged = list(merge_by_range(columns))
+    expected = merge_runs([Runs(*map(torch.from_numpy, arrays)) for arrays in columns])
+    for arrays, whole in zip(zip(*merged, strict=True), expected, strict=True):
+        assert torch.cat(arrays).equal(whole)
+    num_keys = sum(len(keys) for keys, *_ in columns)
+    assert len(merged) == 1 + num_keys // 700
+    if len(expected.keys) > 5000:
+        assert all(len(runs.keys) > 0.5 * len(expected.keys) / len(merged) for runs in merged)
 
 
 def test_two_counts_of_the_same_are_refused(folder, counted, tmp_path):
@@ -254,6 +275,7 @@ def test_count_refuses(folder, tmp_path, capsys, words, message):
     "words",
     [
         ["corpus", "--fasta", "a.fa", "--tokenizer", "tokenizer"],
+        ["ngrams", "--corpus", "a"],
         ["ngrams", "count", "--corpus", "a"],
         ["ngrams", "merge", "--counts", "a", "b"],
     ],
@@ -261,7 +283,10 @@ def test_count_refuses(folder, tmp_path, capsys, words, message):
 def test_several_processes_are_refused(tmp_path, capsys, monkeypatch, words):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main([*words, "--output-dir", str(tmp_path / "out")]) == 1
-    assert "expected one process, without torchrun or deepspeed, found 4 (WORLD_SIZE)" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "expected one process, without torchrun or deepspeed" in message and "found 4 (WORLD_SIZE)" in message
+    if words[:2] == ["ngrams", "--corpus"]:
+        assert "several machines: `dnazen ngrams count --shard I/N`, then `dnazen ngrams merge`" in message
     assert not list(tmp_path.iterdir())
 
 
@@ -274,6 +299,16 @@ def test_command_lines_that_are_none(folder, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_taken_folders_are_kept(folder, counted, tmp_path):
+    (tmp_path / "precious").touch()
+    corpus = Corpus.open(folder / "a")
+    writers = (build_ngrams, corpus), (build_counts, corpus), (merge_counts, counted[1])
+    for write, read in writers:
+        with pytest.raises(InputError, match="already exists; choose another directory"):
+            write(read, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
 def test_no_ngram_in_a_merge(counted, tmp_path):
@@ -302,26 +337,52 @@ def test_killed_count_leaves_nothing_whole(folder, counted, tmp_path, caplog, ki
 
 
 def test_killed_while_workers_count(folder, tmp_path, monkeypatch):
-    def die(rank):
-        monkeypatch.setattr(count.futures, "wait", lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+    """Its workers die with it, whatever they are at."""
+
+    def work(*arguments):
+        (tmp_path / f"{os.getpid()}.worker").touch()
+        time.sleep(60)
+
+    def die():
+        monkeypatch.setattr(count, "_count_pairs", work)
+        monkeypatch.setattr(count.futures, "wait", wait)
+
+    def wait(*arguments, **options):
+        while len(list(tmp_path.glob("*.worker"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     command = ["ngrams", "--corpus", folder / "a", "--output-dir", tmp_path / "out", "--num-workers", "2"]
     monkeypatch.setattr(count, "BLOCK_TOKENS", 1000)
-    assert run_command(1, *command, before=die) == [-signal.SIGKILL]
+    assert run_command(*command, before=die) == -signal.SIGKILL
+    workers = list(tmp_path.glob("*.worker"))
+    deadline = time.monotonic() + 30
+    while any(map(is_running, (int(path.stem) for path in workers))):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for path in workers:
+        path.unlink()
     assert not (tmp_path / "out").exists()
-    assert run_command(1, *command) == [0]
+    assert run_command(*command) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def is_running(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # ended, and nobody asked how
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize("what", ["pairs", "runs", "merge"])
 def test_full_disk_leaves_nothing(folder, counted, tmp_path, capfd, what):
-    def fill(rank):
+    def fill():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
     command = ["ngrams", "count", "--corpus", folder / "a"] + (["--pairs", *counted[0]] if what == "runs" else [])
     if what == "merge":
         command = ["ngrams", "merge", "--counts", *counted[1]]
-    assert run_command(1, *command, "--output-dir", tmp_path / "out", before=fill) == [1]
+    assert run_command(*command, "--output-dir", tmp_path / "out", before=fill) == 1
     assert f"dnazen: error: {tmp_path / 'out'}" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -329,8 +390,7 @@ def test_full_disk_leaves_nothing(folder, counted, tmp_path, capfd, what):
 def check_kill(command, tmp_path, at, caplog):
     """Killed, it leaves a hidden folder, which is refused; run again, it removes that and writes what it should."""
     command = [*map(str, command), "--output-dir"]
-    codes = run_command(1, *command, tmp_path / "out", before=lambda rank: kill_at(at))
-    assert codes == [-signal.SIGKILL]
+    assert run_command(*command, tmp_path / "out", before=lambda: kill_at(at)) == -signal.SIGKILL
     (leftover,) = tmp_path.iterdir()
     assert leftover.name.startswith(".out.") and leftover.name.endswith(".tmp")
     if at != "os.rename":

@@ -13,7 +13,7 @@ from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.evaluation.held_out import HELD_OUT_MASKING, choose_sequences, evaluation_batches
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
-from dnazen.ngram.extract import build_ngrams
+from dnazen.ngram.build import build_ngrams
 from dnazen.ngram.vocab import load_ngrams
 from dnazen.pretraining.start import start_from_data
 from tests.helpers.launch import run
