@@ -42,7 +42,7 @@ from dnazen.layers.fusion import packed_add_norm
 from dnazen.layers.padding import PackedBatch
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.pretraining.arguments import RECIPES
-from dnazen.pretraining.bench import training_flops
+from dnazen.pretraining.bench.flops import training_flops
 from dnazen_kernels.ngram_masking import IGNORE_INDEX
 
 FLOPS, BANDWIDTH, DATASHEET_FLOPS = 790e12, 4.3e12, 990e12  # per second: measured, measured, and what MFU divides by

@@ -15,6 +15,7 @@ import torch  # noqa: E402
 
 import dnazen.pretraining.run as run  # noqa: E402
 from dnazen.batches.sampler import MicroBatchSampler, epoch_order, pack_by_budget  # noqa: E402
+from dnazen.pretraining.command import main  # noqa: E402
 from dnazen.pretraining.trainer import PretrainingTrainer  # noqa: E402
 from dnazen.training.script import exit_process  # noqa: E402
 
@@ -74,4 +75,4 @@ if __name__ == "__main__":
     _, name = sys.argv[at : at + 2]
     del sys.argv[at : at + 2]
     LEVERS[name]()
-    exit_process(run.main())
+    exit_process(main())

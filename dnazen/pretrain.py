@@ -1,7 +1,8 @@
 """Pretrain DNAZEN: `deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json [...]`.
 
 With no other argument it prepares the packaged *E. coli* 536 genome and trains the `tiny` size on it. With `--fasta` it
-does the same on other genomes; with `--corpus` and `--ngrams` it trains on what `dnazen corpus` and `dnazen ngrams` wrote.
+does the same on other genomes; with `--corpus` and `--ngrams` it trains on what `dnazen corpus` and `dnazen ngrams`
+wrote. `--help` lists the arguments.
 """
 
 import sys
@@ -14,7 +15,7 @@ from dnazen.environment import grow_memory_segments  # noqa: E402
 
 grow_memory_segments()
 
-from dnazen.pretraining.run import main  # noqa: E402
+from dnazen.pretraining.command import main  # noqa: E402
 from dnazen.training.script import exit_process  # noqa: E402
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from dnazen.cli.main import _make_parser
 from dnazen.files import InputError
 from dnazen.layers.attention import BACKENDS
 from dnazen.models import DNAZenConfig
-from dnazen.pretraining.arguments import DataArguments, PretrainingArguments
+from dnazen.pretraining.arguments import DataArguments
+from dnazen.pretraining.training_arguments import PretrainingArguments
 from dnazen_kernels.ngram_fusion import triton_impl as fusion_kernels
 from dnazen_kernels.ngram_masking import ngram_masking
 from tests.helpers.launch import PROGRAMS, torchrun

@@ -1,4 +1,4 @@
-"""How well a masked-language model predicts hidden tokens of a text, beside what counting in its training text would."""
+"""How well a masked-language model predicts hidden tokens of a text, beside counting in its training text."""
 
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from dnazen.batches.collator import Masking, PackedCollator, PackedDataset, move_batch
 from dnazen.batches.sampler import MicroBatch, pack_by_budget
 from dnazen.data.corpus import TokenSplit
-from dnazen.evaluation.baselines import UNKNOWN, Baselines, Scores, Spelling, collect_targets, sample_sequences
+from dnazen.evaluation.baselines import Baselines
 from dnazen.evaluation.metrics import FEWEST_SEQUENCES, Comparison, compare
+from dnazen.evaluation.targets import UNKNOWN, Scores, Spelling, collect_targets, sample_sequences
 from dnazen.files import InputError
 from dnazen.models import DNAZenForMaskedLM
 from dnazen.ngram.vocab import NgramVocabulary
@@ -143,9 +144,12 @@ def evaluate_split(
 def _count_shared(
     train: TokenSplit, split: TokenSplit, spelling: Spelling, special_ids: list[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The sequences that were looked at; of each, the stretches of `OVERLAP_BASES` bases that the training text has; and all.
+    """Stretches of `OVERLAP_BASES` bases that the training text has too.
 
     Of either text some `MAX_TOKENS` tokens are looked at, evenly spaced.
+
+    Returns:
+        The numbers of the n sequences that were looked at, and of each its shared stretches and all, `[n]` each.
     """
 
     def stretches(text: TokenSplit) -> tuple[np.ndarray, np.ndarray]:

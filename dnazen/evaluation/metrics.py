@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dnazen.evaluation.baselines import Scores, Targets
+from dnazen.evaluation.targets import Scores, Targets
 
 _RESAMPLES = 2_000
 FEWEST_SEQUENCES = 10  # for which an interval means something

@@ -4,21 +4,21 @@ A checkpoint folder is written under a temporary name and renamed when it is com
 size and SHA-256 of every other file, the position in the data, and what the run must agree with to go on.
 """
 
-import os
+import logging
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from dnazen.files import InputError, publish_folder, read_json, sha256_file, write_json
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "checkpoint.json"
 FORMAT = 1
+FINGERPRINT_KEY = "agreement"  # of the run's fingerprint in checkpoint.json and run.json, since format 1
 # DeepSpeed unpickles its files whole; beyond what `weights_only=True` admits, they name these classes and no others
 ALLOWED_GLOBALS = {
     "numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct",
@@ -61,7 +61,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Read `checkpoint.json`, compare every file with it, and see that reading none of them would run code.
 
     Raises:
-        InputError: a file is missing, cut short or altered, or would call what no checkpoint calls; the message names it.
+        InputError: a file is missing, cut short, altered, or would call what no checkpoint calls; the message names it.
     """
     manifest = read_json(path / MANIFEST, "the list of a checkpoint's files, written last")
     if manifest.get("format") != FORMAT:
@@ -98,7 +98,7 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None
         InputError: the named checkpoint is not whole or not the newest, or there are checkpoints and none is whole.
     """
     for unfinished in (*output_dir.glob(".checkpoint-*.tmp"), *output_dir.glob(".final.tmp")):
-        print(f"removing {unfinished}: its writing was cut off")
+        logger.warning(f"removing {unfinished}: its writing was cut off")
         shutil.rmtree(unfinished)
     checkpoints = list_checkpoints(output_dir)
     if resume is not None:
@@ -107,7 +107,7 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None
         if newer:
             raise InputError(
                 f"{output_dir} holds newer checkpoints than {resume} ({', '.join(newer)}), which the run would mix "
-                "with its own; move them away, or use another --output_dir"
+                "with its own; move them away, or use another --output-dir"
             )
         return checkpoint
     problems: dict[Path, str] = {}
@@ -123,7 +123,7 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None
         return None
     for path, problem in problems.items():
         publish_folder(path, path.with_name(f"{path.name}.broken"))
-        print(f"passing over a checkpoint that is not whole, now {path.name}.broken: {problem}")
+        logger.warning(f"passing over a checkpoint that is not whole, now {path.name}.broken: {problem}")
     return checkpoint
 
 
@@ -144,48 +144,14 @@ def list_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str
     ]
 
 
-def check_agreement(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+def check_fingerprint(checkpoint: Checkpoint, run_fingerprint: dict[str, Any]) -> None:
     """Refuse to resume a run whose data, masking, model or optimizer differ from the checkpoint's.
 
     Raises:
         InputError: names every difference.
     """
-    if differences := list_differences(saved, current):
+    if differences := list_differences(checkpoint.manifest[FINGERPRINT_KEY], run_fingerprint):
         raise InputError(
-            f"{checkpoint} belongs to another run ({'; '.join(differences)}); "
-            "use the same arguments, or another --output_dir"
+            f"{checkpoint.path} belongs to another run ({'; '.join(differences)}); "
+            "use the same arguments, or another --output-dir"
         )
-
-
-def convert_to_universal(checkpoint: Path) -> None:
-    """Add DeepSpeed's universal form to a checkpoint, which loads on any number of processes.
-
-    Raises:
-        RuntimeError: the conversion failed; the message ends with its output.
-    """
-    if (checkpoint / "latest_universal").is_file():
-        return
-    tag = (checkpoint / "latest").read_text().strip()
-    target = checkpoint / f"{tag}_universal"
-    shutil.rmtree(target, ignore_errors=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(checkpoint / tag), "--output_folder", str(target)]
-    # the launcher's variables would make the converter join this run's process group
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    }
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"{checkpoint}: conversion to a universal checkpoint failed:\n{result.stderr[-2000:]}")
-
-
-def separate_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Give each parameter a step counter of its own, on the device where the optimizer reads it.
-
-    DeepSpeed sets a loaded state past `Optimizer.load_state_dict`, which moves counters to the parameter's device if the
-    optimizer is fused or capturable: its kernel reads them there, and would read a pointer to the host's memory.
-    """
-    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-    for parameter, state in optimizer.state.items():
-        device = parameter.device if on_device else state["step"].device
-        state["step"] = state["step"].to(device, copy=True)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from dnazen.data.corpus import Corpus
-from dnazen.evaluation.baselines import count_unigrams
+from dnazen.evaluation.targets import count_unigrams
 from dnazen.models import DNAZenForMaskedLM
 from dnazen.ngram.vocab import NgramVocabulary
 
@@ -19,16 +19,16 @@ def is_residual_output(name: str) -> bool:
 
 @torch.no_grad()
 def start_from_data(model: DNAZenForMaskedLM, corpus: Corpus, vocabulary: NgramVocabulary, seed: int) -> None:
-    """Set the weights of a new model so that it begins at the unigram, with tokens that resemble each other by their ends.
+    """Set the weights of a new model so that it begins at the unigram, and tokens with like ends have like embeddings.
 
     - The decoder's bias is the logarithm of the tokens' frequencies.
     - A token's embedding is a sum of random vectors: of its first one, two and three bases, of its last ones, of its
-      length, and one of its own. Those of [MASK] and of the token type are zero: what a hidden token sees of its neighbors
-      is then not small beside what all hidden tokens have in common.
+      length, and one of its own. Those of [MASK] and of the token type are zero, so that what a hidden token sees of
+      its neighbors is not small beside what all hidden tokens have in common.
     - Of the neighbors that enter a token's embedding, only the nearest on either side do so from the beginning.
     - A G-gram's embedding is the mean of its tokens', times the root of their number.
-    - The ways out of the sub-layers are a tenth of their usual size. A post-LN layer of full size with much in common to
-      all positions drowns in it what differs between them (the states of all hidden tokens become the same).
+    - The ways out of the sub-layers are a tenth of their usual size. Hidden tokens have much in common; at full size a
+      post-LN layer would drown in it what differs between them, and their states would become the same.
     """
     generator = torch.Generator().manual_seed(seed)
     tokenizer, spread = corpus.tokenizer, model.config.initializer_range

@@ -12,18 +12,10 @@ from dnazen.batches.collator import IGNORE_INDEX, PackedCollator, PackedDataset
 from dnazen.batches.sampler import MicroBatch
 from dnazen.data.corpus import Corpus
 from dnazen.data.tokenizer import spell_tokens
-from dnazen.evaluation.baselines import (
-    MAX_ORDER,
-    Baselines,
-    MarkovModel,
-    Spelling,
-    Targets,
-    choose_strengths,
-    collect_targets,
-    count_kmers,
-    markov_probabilities,
-)
+from dnazen.evaluation.baselines import Baselines
 from dnazen.evaluation.held_out import HELD_OUT_MASKING
+from dnazen.evaluation.markov import MarkovModel, choose_strengths, count_kmers, markov_probabilities
+from dnazen.evaluation.targets import CONTEXT_BASES, Spelling, Targets, collect_targets
 from dnazen.ngram.vocab import load_ngrams
 
 UNKNOWN = 4
@@ -69,8 +61,8 @@ def test_targets_are_the_hidden_tokens_and_what_is_seen_around_them(corpus, data
             assert targets.length[row] == len(spelled[original[at]])
             assert targets.left[row] == (-1 if at == 0 or shown[at - 1] is None else original[at - 1])
             assert targets.right[row] == (-1 if at + 1 == len(shown) or shown[at + 1] is None else original[at + 1])
-            assert bases(targets.left_bases[row]) == before[-MAX_ORDER:]
-            assert bases(targets.right_bases[row]) == behind[:MAX_ORDER]
+            assert bases(targets.left_bases[row]) == before[-CONTEXT_BASES:]
+            assert bases(targets.right_bases[row]) == behind[:CONTEXT_BASES]
             row += 1
     assert row == len(targets.truth) > 200
 

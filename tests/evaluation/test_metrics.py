@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from dnazen.evaluation.baselines import Scores, Targets
 from dnazen.evaluation.metrics import compare
+from dnazen.evaluation.targets import Scores, Targets
 
 
 def make_targets(sequences: int = 60, each: int = 20) -> Targets:

@@ -20,8 +20,11 @@ from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.models import DNAZenForMaskedLM
 from dnazen.ngram.build import build_ngrams
-from dnazen.pretraining import bench
-from dnazen.pretraining.bench import Compilations, Stopwatch, idle_gaps, summarize_profile, training_flops
+from dnazen.pretraining.bench import format_bench, measure
+from dnazen.pretraining.bench.compilations import Compilations
+from dnazen.pretraining.bench.flops import training_flops
+from dnazen.pretraining.bench.measure import Stopwatch
+from dnazen.pretraining.bench.profile import PROFILED_STEPS, idle_gaps, summarize_profile
 
 
 def test_flops_are_those_that_pytorch_counts(config, make_batch):
@@ -105,9 +108,9 @@ def test_flash_attention_4_without_the_caches_of_this_release_is_told(compilatio
         ("tokens_per_second", "tflops_per_second", "tokens_per_step", "sequences_per_step", "padding_share",
          "loader_wait", "ngrams_per_token", "peak_memory_bytes"), 1.0,
     )  # fmt: skip
-    row["warm_up"] = {"ended": True}
+    row["warm_up"] = {"ended": True, "seconds": 1.0}
     result = {"model": "tiny", "precision": "bf16", "max_batch_tokens": 1, "machine": "m", "rows": [row]}
-    said = bench.format_bench({**result, "speed_up": [1.0], "failed": {}, "profile": None})
+    said = format_bench({**result, "speed_up": [1.0], "failed": {}, "profile": None})
     assert "auto: flash_attention_4's kernels are not counted" in said
 
 
@@ -127,7 +130,7 @@ class Recorder:
 
 def run_steps(sizes, monkeypatch, most=100):
     """A step for each size, which is compiled when it is seen first; no time passes before the clock is stopped."""
-    monkeypatch.setattr(bench, "MAX_WARM_UP_STEPS", most)
+    monkeypatch.setattr(measure, "MAX_WARM_UP_STEPS", most)
     compiled, recorder = torch.compile(double, backend="eager", dynamic=False), Recorder()
     watch = Stopwatch(recorder, 0.0, None)
     watch.compiled = watch.compilations.total()  # by other tests of this process
@@ -141,7 +144,7 @@ def run_steps(sizes, monkeypatch, most=100):
 
 
 def test_measuring_begins_when_nothing_compiles_any_more(compilations, monkeypatch):
-    assert bench.QUIET_STEPS == 5
+    assert measure.QUIET_STEPS == 5
     stopped, said = run_steps([3, 3, 3, 4, 4, 4, 4, 4, 4, 4], monkeypatch)
     assert stopped == 10 and said[1] == ("stop", 0)
     assert said[0][1]["steps"] == 9 and said[0][1]["ended"]  # the fourth compiled, five more did not
@@ -168,8 +171,8 @@ def test_the_device_is_waited_for_before_the_first_profiled_step_and_after_the_l
         torch.zeros(1).add_(1)
         steps += 1
     # the step that ends the measurement, one to warm the profiler up, and those that are profiled
-    assert steps == 1 + 1 + bench.PROFILED_STEPS
-    assert waited == [None, 0, bench.PROFILED_STEPS]
+    assert steps == 1 + 1 + PROFILED_STEPS
+    assert waited == [None, 0, PROFILED_STEPS]
 
 
 def event(name, start, end, on_gpu=False, annotation=False):

@@ -10,11 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from dnazen.data.corpus import Corpus
 from dnazen.files import InputError
-from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
+from dnazen.models import DNAZenConfig, DNAZenForMaskedLM, hub
 from dnazen.models.hub import fetch_model
 from dnazen.ngram.vocab import NgramVocabulary, load_ngrams
-from dnazen.pretraining import source as source_module
-from dnazen.pretraining.source import Source
+from dnazen.pretraining.initial_model import InitialModel
 from tests.helpers.launch import run
 from tests.helpers.published import random_weights, shapes, write_dnabert2, write_dnazen, write_ngrams
 from tests.pretraining.test_bad_input import refused
@@ -58,10 +57,10 @@ def dnabert2(prepared, tmp_path):
 
 
 def started_model(folder, corpus, vocabulary) -> tuple[DNAZenForMaskedLM, str]:
-    source = Source.open(str(folder), corpus)
+    initial = InitialModel.open(str(folder), corpus)
     config = DNAZenConfig.from_pretrained(folder, ngram_vocab_size=vocabulary.vocab_size)
     model = DNAZenForMaskedLM(config)
-    return model, source.load_weights(model, vocabulary)
+    return model, initial.load_weights(model, vocabulary)
 
 
 # -- what is taken over -----------------------------------------------------------------------------------------------
@@ -110,7 +109,7 @@ def test_the_older_form_of_ngrams(dnazen, corpus, vocabulary):
     (dnazen / "config.json").write_text(json.dumps({**config, "ngram_vocab_size": len(entries)}))
     message = f"ngram_vocab_size: expected at least {len(entries) + 1}, found {len(entries)}"
     with pytest.raises(InputError, match=message):
-        Source.open(str(dnazen), corpus)
+        InitialModel.open(str(dnazen), corpus)
 
 
 def test_dnabert2_gives_all_but_the_ngrams(dnabert2, corpus, vocabulary):
@@ -175,7 +174,7 @@ def test_another_tokenizer(dnabert2, corpus):
     content["model"]["merges"].pop()
     file.write_text(json.dumps(content))
     with pytest.raises(InputError) as error:
-        Source.open(str(dnabert2), corpus)
+        InitialModel.open(str(dnabert2), corpus)
     message = str(error.value)
     assert f"{corpus.path}: expected a corpus made with the tokenizer of {dnabert2} (256 tokens, SHA-256 " in message
     assert len(set(re.findall(r"SHA-256 (\w{64})", message))) == 2
@@ -185,7 +184,7 @@ def test_another_tokenizer(dnabert2, corpus):
 def test_a_file_that_is_missing(name, dnazen, corpus):
     (dnazen / name).unlink()
     with pytest.raises(InputError, match=re.escape(str(dnazen))) as error:
-        Source.open(str(dnazen), corpus)
+        InitialModel.open(str(dnazen), corpus)
     assert (name if name != "model.safetensors" else "*.safetensors") in str(error.value)
 
 
@@ -198,7 +197,7 @@ def test_ngrams_without_their_weights(dnazen, corpus, vocabulary):
 
 
 def test_a_checksum_for_all_that_is_read(dnazen, corpus):
-    checksum = Source.open(str(dnazen), corpus).checksum
+    checksum = InitialModel.open(str(dnazen), corpus).checksum
     for name, content in {"config.json": None, "ngram.json": None, "model.safetensors": random_weights}.items():
         file = dnazen / name
         before = file.read_bytes()
@@ -207,7 +206,7 @@ def test_a_checksum_for_all_that_is_read(dnazen, corpus):
         else:
             table = shapes(**SIZES, ngram_vocab_size=len(load_file(file)[EMBEDDINGS]))
             write_dnazen(dnazen, content(table, seed=1), **SIZES, ngram_vocab_size=table[EMBEDDINGS][0])
-        assert Source.open(str(dnazen), corpus).checksum != checksum, name
+        assert InitialModel.open(str(dnazen), corpus).checksum != checksum, name
         file.write_bytes(before)
 
 
@@ -227,7 +226,7 @@ def test_a_model_of_the_hub(dnabert2, tmp_path, monkeypatch):
                 shutil.copy(file, target)
         return str(target)
 
-    monkeypatch.setattr(source_module, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     folder = fetch_model("zhihan1996/DNABERT-2-117M")
     assert asked == [
         ("zhihan1996/DNABERT-2-117M", ["*.json", "*.txt", "*.model", "*.safetensors"]),
@@ -245,6 +244,6 @@ def test_a_hub_that_does_not_answer(monkeypatch):
     def download(name, allow_patterns):
         raise OSError("no network\nand more")
 
-    monkeypatch.setattr(source_module, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     with pytest.raises(InputError, match="owner/name: no such folder, and the Hugging Face hub .*: no network$"):
         fetch_model("owner/name")

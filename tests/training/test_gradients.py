@@ -9,8 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
-from dnazen.pretraining.arguments import PretrainingArguments
-from dnazen.pretraining.checkpoint import separate_steps
+from dnazen.pretraining.deepspeed import separate_steps
+from dnazen.pretraining.training_arguments import PretrainingArguments
 from tests.helpers.launch import PROGRAMS, ROOT, environment, torchrun
 
 

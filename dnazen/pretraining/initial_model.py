@@ -1,4 +1,4 @@
-"""The model a run starts from (`--init_from`): where it lies, what it must share with the data, and its weights."""
+"""The model a run starts from (`--init-from`): where it lies, what it must share with the data, and its weights."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from dnazen.ngram.vocab import NGRAM_FILE, PAD_NGRAM_ID, NgramVocabulary
 _EMBEDDINGS = "bert.ngram_embeddings.word_embeddings.weight"
 
 
-class Source(NamedTuple):
+class InitialModel(NamedTuple):
     """A model with a masked-language head: DNABERT-2, DNAZEN-1.0, or one that was trained here."""
 
     name: str  # as given
@@ -27,7 +27,7 @@ class Source(NamedTuple):
     checksum: str  # of its configuration, weights and G-grams
 
     @classmethod
-    def open(cls, name: str, corpus: Corpus) -> "Source":
+    def open(cls, name: str, corpus: Corpus) -> "InitialModel":
         """Find a model, a folder or a name on the Hugging Face hub, to go on training on a corpus.
 
         Raises:
@@ -50,12 +50,12 @@ class Source(NamedTuple):
         return cls(name, folder, vocabulary, hashlib.sha256(content.encode()).hexdigest())
 
     def load_weights(self, model: DNAZenForMaskedLM, vocabulary: NgramVocabulary, deepspeed_config: Any = None) -> str:
-        """Give `model` the source's weights; of G-gram embeddings those of `vocabulary`, matched by their tokens.
+        """Copy this model's weights into `model`; G-gram embeddings go by the tokens of the G-grams.
 
-        G-grams the source does not have, and without any in the source the whole G-gram part, keep their random start.
+        G-grams that this model does not have keep their random start; if it has none, so does the whole G-gram part.
 
         Args:
-            model: of the source's sizes, with an embedding for each id of `vocabulary`; not yet partitioned.
+            model: of the same sizes, with an embedding for each id of `vocabulary`; not yet partitioned.
             deepspeed_config: Hugging Face's, if the run has one.
 
         Returns:
@@ -64,15 +64,15 @@ class Source(NamedTuple):
         Raises:
             InputError: see `StrictLoading.from_pretrained`.
         """
-        if deepspeed_config is not None:  # the source stays whole under ZeRO-3: `model` is partitioned by the engine
+        if deepspeed_config is not None:  # it stays whole under ZeRO-3: `model` is partitioned by the engine
             unset_hf_deepspeed_config()
         try:
             options = {} if self.vocabulary else {"ngram_vocab_size": vocabulary.vocab_size}
-            source = DNAZenForMaskedLM.from_pretrained(self.folder, dtype=torch.float32, **options)
+            initial = DNAZenForMaskedLM.from_pretrained(self.folder, dtype=torch.float32, **options)
         finally:
             if deepspeed_config is not None:
                 set_hf_deepspeed_config(deepspeed_config)
-        weights = source.state_dict()
+        weights = initial.state_dict()
         count = len(vocabulary.ngrams)
         if self.vocabulary is None:
             model.load_state_dict(weights)
