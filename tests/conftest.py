@@ -53,7 +53,7 @@ class Prepared(NamedTuple):
         """Arguments of a short run on them; a micro-batch is about 5 sequences."""
         return {
             "corpus": self.corpus, "ngrams": self.ngrams, "model": self.model, "max_batch_tokens": 640,
-            "logging_steps": 1, "eval_steps": 4, "save_steps": 4, "max_steps": 4, "disable_tqdm": True, "bf16": False,
+            "logging_steps": 1, "eval_steps": 4, "save_steps": 4, "max_steps": 4, "bf16": False,
             "residual_learning_rate": 0.5,
         }  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,19 +32,36 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def command(processes: int = 1, zero: int | None = None, script: Path = SCRIPT, **arguments: Any) -> list[str]:
-    """The command line: under `deepspeed` if a ZeRO stage is given, under `torchrun` if several processes are."""
-    if zero is not None:
-        line = ["deepspeed", "--num_gpus", str(processes), "--master_port", str(free_port()), str(script)]
-        line += ["--deepspeed", str(ROOT / "ds_configs" / f"zero{zero}.json")]
+def command(
+    processes: int = 1, zero: int | None = None, launcher: str | None = None, script: Path = SCRIPT, **arguments: Any
+) -> list[str]:
+    """The command line: with DeepSpeed if a ZeRO stage is given.
+
+    Several processes are `torchrun`'s, unless `launcher` is "deepspeed". One process needs no launcher: what they would
+    tell it is in its environment, and each of theirs takes seconds to start.
+    """
+    port = str(free_port())
+    if launcher == "deepspeed":
+        line = ["deepspeed", "--num_gpus", str(processes), "--master_port", port, str(script)]
     elif processes > 1:
-        line = ["torchrun", "--nproc_per_node", str(processes), "--master_port", str(free_port()), str(script)]
+        line = ["torchrun", "--nproc_per_node", str(processes), "--master_port", port, str(script)]
+    elif zero is not None:
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        line = ["env", *(f"{name}={value}" for name, value in alone.items()), sys.executable, str(script)]
     else:
         line = [sys.executable, str(script)]
+    if zero is not None:
+        line += ["--deepspeed", str(ROOT / "ds_configs" / f"zero{zero}.json")]
+    return line + flags(**arguments)
+
+
+def flags(**arguments: Any) -> list[str]:
+    """Arguments as words of a command line."""
+    words = []
     for name, value in arguments.items():
         values = value if isinstance(value, (list, tuple)) else [value]
-        line += [f"--{name}", *map(str, values)]
-    return line
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
 
 
 def run(expect: int | None = 0, **arguments: Any) -> subprocess.CompletedProcess:
@@ -86,8 +105,8 @@ def run_until(path: Path, **arguments: Any) -> None:
 
 def remove_shared_memory(line: list[str]) -> None:
     """Delete what a killed run left; each run has a port of its own, so that none would ever be reused."""
-    port = line[line.index("--master_port") + 1] if "--master_port" in line else None
-    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+    ports = re.findall(r"(?:--master_port |MASTER_PORT=)(\d+)", " ".join(line))
+    for path in (path for port in ports for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")):
         path.unlink(missing_ok=True)
 
 
@@ -115,3 +134,8 @@ def log_history(checkpoint: Path) -> list[dict[str, Any]]:
 def steps(checkpoint: Path, *names: str) -> list[tuple[float, ...]]:
     """The named values of each training log entry, in order."""
     return [tuple(entry[name] for name in names) for entry in log_history(checkpoint) if names[0] in entry]
+
+
+def copy_checkpoint(checkpoint: Path, output_dir: Path) -> None:
+    """Leave `output_dir` as a run that was ended after this checkpoint would have."""
+    shutil.copytree(checkpoint, output_dir / checkpoint.name)

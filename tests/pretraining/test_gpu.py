@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.launch import ROOT, run, steps
+from tests.helpers.launch import copy_checkpoint, run, steps
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 # A logit passes through some 40 operations, two layers forward and backward. In fp32 each sums up to 256 products,
-# whose roundings, 2^-24 of them, add up as a random walk: 40 * 16 * 2^-24 = 4e-5. In bf16 sums are fp32's and each result is
-# rounded by 2^-9: sqrt(40) * 2^-9 = 1.2e-2 of a logit; a loss is the mean over some 20 masked tokens.
+# whose roundings, 2^-24 of them, add up as a random walk: 40 * 16 * 2^-24 = 4e-5. In bf16 sums are fp32's and each
+# result is rounded by 2^-9: sqrt(40) * 2^-9 = 1.2e-2 of a logit; a loss is the mean over some 20 masked tokens.
 TOLERANCE = {"fp32": 4e-5, "bf16": 1.2e-2 / 20**0.5}
 FAST = {"learning_rate": 3e-2, "lr_scheduler_type": "constant", "warmup_steps": 0, "residual_learning_rate": 1.0}
 
@@ -23,48 +23,49 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
 
 
-@pytest.fixture
-def cpu_run(monkeypatch):
+def cpu_run(**arguments) -> None:
     """`run` without the GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in NO_GPU.items():
+            patch.setenv(name, value)
+        run(**arguments)
 
-    def start(**arguments):
-        with monkeypatch.context() as patch:
-            for name, value in NO_GPU.items():
-                patch.setenv(name, value)
-            return run(**arguments)
 
-    return start
+def short_arguments(prepared) -> dict:
+    return {**prepared.arguments(), **FAST, "max_batch_tokens": 160, "max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def cpu_losses(prepared, tmp_path_factory) -> np.ndarray:
+    """Of three steps in fp32."""
+    folder = tmp_path_factory.mktemp("cpu")
+    cpu_run(**short_arguments(prepared), output_dir=folder)
+    return np.array(steps(folder / "checkpoint-3", "loss")).ravel()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_three_steps_have_the_losses_of_a_cpu(prepared, tmp_path, device, cpu_run, precision):
+def test_three_steps_have_the_losses_of_a_cpu(prepared, tmp_path, device, cpu_losses, precision):
     """In bf16 under ZeRO-2, whose weights are bf16 too; in fp32 only where nothing else would differ."""
-    arguments = {**prepared.arguments(), **FAST, "max_batch_tokens": 160, "max_steps": 3}
-    cpu_run(**arguments, output_dir=tmp_path / "cpu")
     here = {"zero": 2, "bf16": True} if precision == "bf16" else {"zero": 2} if device.type == "cpu" else {}
-    output = run(**{**arguments, **here}, output_dir=tmp_path / "device").stdout
+    output = run(**{**short_arguments(prepared), **here}, output_dir=tmp_path).stdout
     assert f"1 process(es) on {device_name(device)}," in output
-    expected, found = (
-        np.array(steps(tmp_path / folder / "checkpoint-3", "loss")).ravel() for folder in ("cpu", "device")
-    )
-    assert len(expected) == 3
-    moved = abs(expected[2] - expected[0]) / expected[0]
+    found = np.array(steps(tmp_path / "checkpoint-3", "loss")).ravel()
+    assert len(cpu_losses) == 3
+    moved = abs(cpu_losses[2] - cpu_losses[0]) / cpu_losses[0]
     assert moved > 3 * TOLERANCE[precision], "the losses must move for the test to tell"
-    np.testing.assert_allclose(found, expected, rtol=TOLERANCE[precision])
+    np.testing.assert_allclose(found, cpu_losses, rtol=TOLERANCE[precision])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
-def test_checkpoint_of_two_cpu_processes_goes_on_here(prepared, tmp_path, device, cpu_run, zero):
+def test_checkpoint_of_two_cpu_processes_goes_on_here(prepared, tmp_path, device, zero):
     """DeepSpeed's universal checkpoint, whose states it loads on the CPU; the losses are those of a run that stayed."""
-    arguments = {**prepared.arguments(), **FAST, "learning_rate": 1e-2}
+    arguments = {**prepared.arguments(), **FAST, "learning_rate": 1e-2, "max_steps": 8, "zero": zero}
     # torchrun: `deepspeed` would show its processes the GPU whatever the environment says
-    two = {"processes": 2, "deepspeed": ROOT / "ds_configs" / f"zero{zero}.json", "gradient_accumulation_steps": 1}
-    for folder, last in (("moved", 4), ("stayed", 8)):
-        cpu_run(**{**arguments, "max_steps": last}, **two, output_dir=tmp_path / folder)
-    one = {"zero": zero, "gradient_accumulation_steps": 2, "max_steps": 8}
-    output = run(**{**arguments, **one}, output_dir=tmp_path / "moved").stdout
+    cpu_run(**arguments, processes=2, gradient_accumulation_steps=1, output_dir=tmp_path / "stayed")
+    copy_checkpoint(tmp_path / "stayed" / "checkpoint-4", tmp_path / "moved")
+    output = run(**arguments, gradient_accumulation_steps=2, output_dir=tmp_path / "moved").stdout
     assert "resuming from checkpoint-4" in output and "1 process(es)" in output
     expected, found = (
         np.array(steps(tmp_path / name / "checkpoint-8", "loss", "epoch")) for name in ("stayed", "moved")
@@ -76,8 +77,8 @@ def test_checkpoint_of_two_cpu_processes_goes_on_here(prepared, tmp_path, device
 @pytest.mark.slow
 def test_the_main_job_runs_here(prepared, tmp_path, device):
     """`make pretrain`'s command on a part of the genome, a few steps long."""
-    short = {"max_steps": 3, "eval_steps": 3, "max_batch_tokens": 1024, "disable_tqdm": True}
-    output = run(zero=2, fasta=prepared.fasta, work_dir=tmp_path, **short).stdout
+    short = {"max_steps": 3, "eval_steps": 3, "max_batch_tokens": 1024}
+    output = run(zero=2, launcher="deepspeed", fasta=prepared.fasta, work_dir=tmp_path, **short).stdout
     assert f"bf16, DeepSpeed ZeRO-2, 1 process(es) on {device_name(device)}," in output
     folder = tmp_path / "part" / "tiny"
     report = json.loads((folder / "report.json").read_text())

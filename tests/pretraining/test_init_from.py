@@ -16,7 +16,6 @@ from dnazen.ngram.vocab import NgramVocabulary, load_ngrams
 from dnazen.pretraining.initial_model import InitialModel
 from tests.helpers.launch import run
 from tests.helpers.published import random_weights, shapes, write_dnabert2, write_dnazen, write_ngrams
-from tests.pretraining.test_bad_input import refused
 
 EMBEDDINGS = "bert.ngram_embeddings.word_embeddings.weight"
 SIZES = dict(
@@ -122,8 +121,8 @@ def test_dnabert2_gives_all_but_the_ngrams(dnabert2, corpus, vocabulary):
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_its_source_and_resumes_from_its_checkpoint(prepared, dnazen, tmp_path):
-    """Learning rate 0: the first checkpoint is the source; then the source's weights are not wanted any more."""
+def test_a_run_starts_from_its_model_and_resumes_from_its_checkpoint(prepared, dnazen, tmp_path, refused):
+    """Learning rate 0: the first checkpoint is the model; then the model's weights are not wanted any more."""
     arguments = {name: value for name, value in prepared.arguments().items() if name != "model"}
     arguments |= {"init_from": dnazen, "output_dir": tmp_path / "out", "save_steps": 2}
     arguments |= {"learning_rate": 0.0, "weight_decay": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
@@ -162,10 +161,10 @@ def test_a_run_from_dnabert2_under_zero_learns(prepared, dnabert2, tmp_path, zer
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_arguments_that_do_not_go_together(prepared, dnabert2):
+def test_arguments_that_do_not_go_together(prepared, dnabert2, refused):
     line = refused(init_from=dnabert2, **prepared.arguments())
-    assert "--init_from brings the model's configuration; it does not go with --model" in line
-    assert "--init_from needs --corpus" in refused(init_from=dnabert2, fasta=prepared.fasta)
+    assert "--init-from brings the model's configuration; it does not go with --model" in line
+    assert "--init-from needs --corpus" in refused(init_from=dnabert2, fasta=prepared.fasta)
 
 
 def test_another_tokenizer(dnabert2, corpus):

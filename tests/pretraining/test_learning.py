@@ -48,8 +48,8 @@ def train(folder, text):
     corpus = Corpus.open(folder / "corpus")
     build_ngrams(corpus, folder / "ngrams", min_pmi=0.3)
     run(
-        zero=2, corpus=folder / "corpus", ngrams=folder / "ngrams", model="tiny", output_dir=folder / "model",
-        max_steps=STEPS, mlm_probability=0.2, max_batch_tokens=1024, eval_steps=STEPS, disable_tqdm=True,
+        zero=2, launcher="deepspeed", corpus=folder / "corpus", ngrams=folder / "ngrams", model="tiny",
+        output_dir=folder / "model", max_steps=STEPS, mlm_probability=0.2, max_batch_tokens=1024, eval_steps=STEPS,
     )  # fmt: skip
     report = json.loads((folder / "model" / "report.json").read_text())
     assert json.loads((folder / "model" / "run.json").read_text())["agreement"]["precision"] == "bf16"
@@ -110,8 +110,8 @@ def test_hidden_bases_of_a_markov_text_reach_its_entropy_and_all_parts_learn(tmp
     # better than the best of counting by an interval that excludes zero
     assert held_out["advantage"]["low"] > 0
 
-    # every part has learnt: moved by more than a twentieth of what it began as; measured 0.07 for the G-grams' queries, 0.19
-    # to 0.45 for the others, where weight decay alone would move them by 0.001
+    # every part has learnt: moved by more than a twentieth of what it began as; measured 0.07 for the G-grams' queries,
+    # 0.19 to 0.45 for the others, where weight decay alone would move them by 0.001
     config = DNAZenConfig.from_pretrained(tmp_path / "model" / "final")
     set_seed(42)
     begun = DNAZenForMaskedLM(config)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from dnazen.files import lock_run, sha256_file
 from dnazen.pretraining.checkpoint import list_checkpoints
-from tests.helpers.launch import PROGRAMS, log_history, run, run_until, steps
+from tests.helpers.launch import PROGRAMS, copy_checkpoint, log_history, run, run_until, steps
+from tests.pretraining.conftest import STRAIGHT, straight_arguments
 
 KILLER = PROGRAMS / "killer.py"
 
@@ -50,44 +51,37 @@ def assert_same_run(expected: Path, found: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout",
-    [{}, {"zero": 2, "bf16": True}, {"zero": 2, "processes": 2, "bf16": True}, {"zero": 3, "processes": 2}],
-    ids=["plain", "zero2-1", "zero2-2", "zero3-2"],
-)
-def test_killed_and_resumed_equals_straight_bit_for_bit(prepared, tmp_path, layout):
+@pytest.mark.parametrize("layout", STRAIGHT)
+def test_killed_and_resumed_equals_straight_bit_for_bit(prepared, straight_run, tmp_path, layout):
     """8 steps straight, against a kill -9 after the checkpoint of step 4. Drop-out is on: its generator counts."""
-    arguments = {**prepared.arguments(), **layout, "model": prepared.dropout_model, "max_steps": 8}
-    run(**arguments, output_dir=tmp_path / "straight")
-    run_until(tmp_path / "killed" / "checkpoint-4" / "checkpoint.json", **arguments, output_dir=tmp_path / "killed")
-    assert not (tmp_path / "killed" / "final").exists()
-    output = run(**arguments, output_dir=tmp_path / "killed").stdout
-    assert "resuming from checkpoint-4" in output
-    assert_same_run(tmp_path / "straight" / "checkpoint-8", tmp_path / "killed" / "checkpoint-8")
+    arguments = {**straight_arguments(prepared, layout), "output_dir": tmp_path}
+    run_until(tmp_path / "checkpoint-4" / "checkpoint.json", **arguments)
+    assert not (tmp_path / "final").exists()
+    assert "resuming from checkpoint-4" in run(**arguments).stdout
+    assert_same_run(straight_run(layout) / "checkpoint-8", tmp_path / "checkpoint-8")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kill_at, layout",
     [
-        ("optimizer.pt", {}),
-        ("checkpoint.json", {}),
-        ("rename", {}),
-        ("bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", {"zero": 2, "processes": 2, "bf16": True}),
+        ("optimizer.pt", "plain"),
+        ("checkpoint.json", "plain"),
+        ("rename", "plain"),
+        ("bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero2-2"),
     ],
     ids=["optimizer", "manifest", "rename", "zero2-2"],
 )
-def test_kill_while_a_checkpoint_is_written(prepared, tmp_path, kill_at, layout):
+def test_kill_while_a_checkpoint_is_written(prepared, straight_run, tmp_path, kill_at, layout):
     """Killed in the middle of writing the checkpoint of step 8, the run goes on from that of step 4."""
-    arguments = {**prepared.arguments(), **layout, "max_steps": 8}
-    run(expect=None, **arguments, script=KILLER, kill_at=kill_at, kill_step=8, output_dir=tmp_path / "killed")
-    assert [path.name for path in list_checkpoints(tmp_path / "killed")] == ["checkpoint-4"]
-    assert (tmp_path / "killed" / ".checkpoint-8.tmp").exists()
-    output = run(**arguments, output_dir=tmp_path / "killed").stdout
+    arguments = {**straight_arguments(prepared, layout), "output_dir": tmp_path}
+    run(expect=None, **arguments, script=KILLER, kill_at=kill_at, kill_step=8)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4"]
+    assert (tmp_path / ".checkpoint-8.tmp").exists()
+    output = run(**arguments).stdout
     assert "resuming from checkpoint-4" in output and "removing" in output
-    assert not list((tmp_path / "killed").glob(".checkpoint-*"))
-    run(**arguments, output_dir=tmp_path / "straight")
-    assert_same_run(tmp_path / "straight" / "checkpoint-8", tmp_path / "killed" / "checkpoint-8")
+    assert not list(tmp_path.glob(".checkpoint-*"))
+    assert_same_run(straight_run(layout) / "checkpoint-8", tmp_path / "checkpoint-8")
 
 
 @pytest.mark.slow
@@ -97,18 +91,16 @@ def test_kill_while_a_checkpoint_is_written(prepared, tmp_path, kill_at, layout)
 )
 def test_resume_on_another_number_of_processes(prepared, tmp_path, before, after, zero, bf16):
     """DeepSpeed's universal checkpoint; the data goes on where it was, so the losses are those of an unbroken run."""
-    arguments = {**prepared.arguments(), "zero": zero, "bf16": bf16, "learning_rate": 1e-2}
+    arguments = {**prepared.arguments(), "zero": zero, "bf16": bf16, "learning_rate": 1e-2, "max_steps": 8}
     accumulation = {1: 2, 2: 1}
 
-    def go(processes: int, name: str, max_steps: int) -> str:
+    def go(processes: int, name: str) -> str:
         layout = {"processes": processes, "gradient_accumulation_steps": accumulation[processes]}
-        schedule = {"lr_scheduler_type": "constant", "max_steps": max_steps}
-        return run(**{**arguments, **schedule}, **layout, output_dir=tmp_path / name).stdout
+        return run(**arguments, **layout, lr_scheduler_type="constant", output_dir=tmp_path / name).stdout
 
-    go(before, "moved", 4)
-    shutil.copytree(tmp_path / "moved", tmp_path / "stayed")
-    assert "changed: max_steps: the checkpoint has 4, this run 8" in go(after, "moved", 8)
-    go(before, "stayed", 8)
+    go(before, "stayed")
+    copy_checkpoint(tmp_path / "stayed" / "checkpoint-4", tmp_path / "moved")
+    assert "resuming from checkpoint-4" in go(after, "moved")
     expected, found = (steps(tmp_path / name / "checkpoint-8", "loss", "epoch") for name in ("stayed", "moved"))
     assert len(expected) == 8 and expected[0][0] - expected[-1][0] > 0.1, "the losses must move for the test to tell"
     # fp32 sums in another order, through four optimizer steps; in bf16 each gradient is rounded to 2^-9 of itself
@@ -116,30 +108,27 @@ def test_resume_on_another_number_of_processes(prepared, tmp_path, before, after
 
 
 @pytest.mark.slow
-def test_cut_checkpoint_is_passed_over_and_said_so(prepared, tmp_path):
-    arguments = {**prepared.arguments(), "output_dir": tmp_path}
-    run(**{**arguments, "max_steps": 8})
-    cut = tmp_path / "checkpoint-8" / "optimizer.pt"
+def test_cut_checkpoint_is_passed_over_and_said_so(prepared, finished):
+    cut = finished / "checkpoint-4" / "optimizer.pt"
     cut.write_bytes(cut.read_bytes()[:1000])
-    output = run(**{**arguments, "max_steps": 8}).stdout
-    assert "passing over a checkpoint that is not whole, now checkpoint-8.broken" in output
-    assert "optimizer.pt: expected" in output and "resuming from checkpoint-4" in output
-    assert (tmp_path / "checkpoint-8.broken" / "optimizer.pt").stat().st_size == 1000
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-4"]
+    output = run(**{**prepared.arguments(), "save_steps": 2}, output_dir=finished).stdout
+    assert "passing over a checkpoint that is not whole, now checkpoint-4.broken" in output
+    assert "optimizer.pt: expected" in output and "resuming from checkpoint-2" in output
+    assert (finished / "checkpoint-4.broken" / "optimizer.pt").stat().st_size == 1000
+    assert [path.name for path in list_checkpoints(finished)] == ["checkpoint-4", "checkpoint-2"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{}, {"zero": 2, "bf16": True}, {"zero": 3, "processes": 2}])
-def test_finished_run_says_the_same_again(prepared, tmp_path, layout):
+@pytest.mark.parametrize("layout", ["plain", "zero2-1", "zero3-2"])
+def test_finished_run_says_the_same_again(prepared, straight_run, tmp_path, layout):
     """Nothing is trained, the report is the same, and the model is there again if it was deleted."""
-    arguments = {**prepared.arguments(), **layout, "output_dir": tmp_path}
-    run(**arguments)
-    report, model = (tmp_path / "report.json").read_text(), load_file(tmp_path / "final" / "model.safetensors")
-    shutil.rmtree(tmp_path / "final")
-    output = run(**arguments).stdout
-    assert "resuming from checkpoint-4" in output and "nothing is left to train" in output and "'loss'" not in output
-    assert (tmp_path / "report.json").read_text() == report
-    again = load_file(tmp_path / "final" / "model.safetensors")
+    output_dir = shutil.copytree(straight_run(layout), tmp_path / "run")
+    report, model = (output_dir / "report.json").read_text(), load_file(output_dir / "final" / "model.safetensors")
+    shutil.rmtree(output_dir / "final")
+    output = run(**straight_arguments(prepared, layout), output_dir=output_dir).stdout
+    assert "resuming from checkpoint-8" in output and "nothing is left to train" in output and "'loss'" not in output
+    assert (output_dir / "report.json").read_text() == report
+    again = load_file(output_dir / "final" / "model.safetensors")
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.items()) and len(again) == len(model) > 10
 
 
@@ -153,15 +142,15 @@ def test_last_step_is_evaluated_and_saved_whatever_the_strategies(prepared, tmp_
 
 
 @pytest.mark.slow
-def test_named_checkpoint_older_than_the_newest_is_refused(prepared, tmp_path):
+def test_named_checkpoint_older_than_the_newest_is_refused(prepared, finished, refused):
     """The run would write among the newer ones, and the oldest are deleted first: its own."""
-    arguments = {**prepared.arguments(), "output_dir": tmp_path, "save_steps": 2}
-    run(**arguments)
-    older = {**arguments, "resume_from_checkpoint": tmp_path / "checkpoint-2", "max_steps": 6}
-    assert "holds newer checkpoints" in run(expect=1, **older).stdout
-    (tmp_path / "checkpoint-4").rename(tmp_path / "kept")
-    assert "resuming from checkpoint-2" in run(**older).stdout
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+    arguments = {**prepared.arguments(), "output_dir": finished, "save_steps": 2, "max_steps": 6}
+    older = {**arguments, "resume_from_checkpoint": finished / "checkpoint-2"}
+    assert "holds newer checkpoints" in refused(**older)
+    (finished / "checkpoint-4").rename(finished / "kept")
+    output = run(**older).stdout
+    assert "resuming from checkpoint-2" in output and "changed: max_steps: the checkpoint has 4, this run 6" in output
+    assert [path.name for path in list_checkpoints(finished)] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
 
 
 class Payload:
@@ -175,40 +164,37 @@ class Payload:
 
 
 @pytest.mark.slow
-def test_checkpoint_that_would_run_code_is_refused(prepared, tmp_path):
+def test_checkpoint_that_would_run_code_is_refused(prepared, straight_run, tmp_path):
     """Its checksums are right: whoever made the file made the list of checksums too."""
-    arguments = {**prepared.arguments(), "zero": 2, "max_steps": 4}
-    run(**arguments, output_dir=tmp_path / "run")
-    (file,) = (tmp_path / "run" / "checkpoint-4").rglob("*optim_states.pt")
+    copy_checkpoint(straight_run("zero2-1") / "checkpoint-8", tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-8"
+    (file,) = checkpoint.rglob("*optim_states.pt")
     state = torch.load(file, weights_only=False)
     torch.save({**state, "extra": Payload(tmp_path / "ran")}, file)
-    manifest = json.loads((tmp_path / "run" / "checkpoint-4" / "checkpoint.json").read_text())
-    name = str(file.relative_to(tmp_path / "run" / "checkpoint-4"))
-    manifest["files"][name] = [file.stat().st_size, sha256_file(file)]
-    (tmp_path / "run" / "checkpoint-4" / "checkpoint.json").write_text(json.dumps(manifest))
-    output = run(expect=1, **{**arguments, "max_steps": 6}, output_dir=tmp_path / "run").stdout
-    assert (
-        re.search(f"{re.escape(str(file))}: reading it would call .*posix.mkdir", output) and "Traceback" not in output
-    )
-    assert not (tmp_path / "ran").exists()
+    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+    manifest["files"][str(file.relative_to(checkpoint))] = [file.stat().st_size, sha256_file(file)]
+    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
+    arguments = {**straight_arguments(prepared, "zero2-1"), "max_steps": 10}
+    output = run(expect=1, **arguments, output_dir=tmp_path / "run").stdout
+    assert re.search(f"{re.escape(str(file))}: reading it would call .*posix.mkdir", output)
+    assert "Traceback" not in output and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.slow
-def test_second_run_in_the_same_folder_is_refused(prepared, tmp_path):
-    with lock_run(tmp_path):
-        assert "another run is writing there" in run(expect=1, **prepared.arguments(), output_dir=tmp_path).stdout
-    run(**prepared.arguments(), output_dir=tmp_path)
+def test_second_run_in_the_same_folder_is_refused(prepared, refused, finished):
+    """And, once the first one has ended, goes on."""
+    with lock_run(finished):
+        assert "another run is writing there" in refused(**prepared.arguments(), output_dir=finished)
+    assert "nothing is left to train" in run(**prepared.arguments(), output_dir=finished).stdout
 
 
 @pytest.mark.slow
-def test_other_data_masking_or_optimizer_is_refused(prepared, tmp_path):
-    arguments = {**prepared.arguments(), "output_dir": tmp_path, "max_steps": 4}
-    run(**arguments)
-    before = json.loads((tmp_path / "checkpoint-4" / "checkpoint.json").read_text())
+def test_other_data_masking_or_optimizer_is_refused(prepared, finished):
+    before = json.loads((finished / "checkpoint-4" / "checkpoint.json").read_text())
     others = {"seed": 7, "max_batch_tokens": 700, "max_steps": 8, "learning_rate": 1e-4, "zero": 2}
-    output = run(expect=1, **{**arguments, **others}).stdout
+    output = run(expect=1, **{**prepared.arguments(), **others}, output_dir=finished).stdout
     assert "engine: the checkpoint has 'PyTorch', this run 'DeepSpeed ZeRO-2'" in output
     assert "learning_rate: the checkpoint has 0.0005, this run 0.0001" in output
     assert "belongs to another run" in output and "max_batch_tokens: the checkpoint has 640, this run 700" in output
     assert "seed: the checkpoint has 42, this run 7" in output
-    assert json.loads((tmp_path / "checkpoint-4" / "checkpoint.json").read_text()) == before
+    assert json.loads((finished / "checkpoint-4" / "checkpoint.json").read_text()) == before

@@ -1,6 +1,6 @@
 """Run the entry point in this process and die by SIGKILL in the middle of writing a file of a checkpoint.
 
-Arguments: `--kill_at FILE --kill_step N`, then those of pretrain.py. The first half of FILE is written, the rest is not.
+Arguments: `--kill-at FILE --kill-step N`, then those of pretrain.py. The first half of FILE is written, the rest is not.
 FILE `rename` means: all is written, and the folder is about to get its name.
 """
 
@@ -16,8 +16,8 @@ import dnazen.pretraining.checkpoint as checkpoint_module
 
 SCRIPT = Path(__file__).resolve().parents[2] / "dnazen" / "pretrain.py"
 arguments = sys.argv[1:]
-kill_at, kill_step = (arguments.pop(arguments.index(flag) + 1) for flag in ("--kill_at", "--kill_step"))
-for flag in ("--kill_at", "--kill_step"):
+kill_at, kill_step = (arguments.pop(arguments.index(flag) + 1) for flag in ("--kill-at", "--kill-step"))
+for flag in ("--kill-at", "--kill-step"):
     arguments.remove(flag)
 
 

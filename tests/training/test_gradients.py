@@ -16,7 +16,10 @@ from tests.helpers.launch import PROGRAMS, ROOT, environment, torchrun
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_gradient_that_is_not_finite_on_one_process_moves_no_weight(processes):
-    """inf, NaN and -inf, ZeRO-1, 2 and 3, fp32 and bf16, with and without accumulation; good steps have DeepSpeed's norm."""
+    """inf, NaN and -inf; ZeRO-1, 2 and 3; fp32 and bf16; with accumulation and without.
+
+    Good steps have DeepSpeed's norm.
+    """
     assert torchrun(PROGRAMS / "zero_steps.py", processes).count("all as it should be") == processes
 
 

@@ -30,7 +30,7 @@ def bench(
     impl: list[str] | None = None,
     seconds: float = 30.0,
     max_batch_tokens: int | None = None,
-    precision: str = "bf16",
+    precision: str | None = None,
     deepspeed: str | None = None,
     torch_compile: bool = False,
     attn_implementation: str | None = None,
@@ -48,7 +48,7 @@ def bench(
         seconds: how long each is measured, to the end of a step, after a warm-up of 5 steps that compile nothing; of at
             most 20 s and a step, or 120 s if something still compiles.
         max_batch_tokens: tokens of a micro-batch; default: that of pretraining.
-        precision: "bf16", as pretraining, or "fp32".
+        precision: "bf16" or "fp32"; default: bf16, as pretraining.
         deepspeed: a configuration of DeepSpeed's, as for pretraining, whose bf16 is that of weights and all states;
             without, bf16 is autocast's.
         torch_compile: compile layers, but not those of the reference.
@@ -66,6 +66,7 @@ def bench(
     DNAZenConfig.from_size(model)
     load_ngrams(ngrams, Corpus.open(corpus))
     max_batch_tokens = max_batch_tokens or RECIPES.get(model, RECIPES["base"]).max_batch_tokens
+    precision = precision or "bf16"
     grow_memory_segments()  # of the processes that are measured, which inherit it
     rows, failed = [], {}
     with atomic_directory(output_dir) as folder:
