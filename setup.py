@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.8"],
+        "tensorboard": ["tensorboardX>=2.6"],
         "flash4": ["flash-attn-4>=4.0.0b36"],
         "flash4-cu13": ["flash-attn-4[cu13]>=4.0.0b36"],  # which CUDA PyTorch is built for, no requirement can ask
         "test": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.100"],
