@@ -144,7 +144,7 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--impl", nargs="+", choices=("reference", "triton"), help="also measure these, and the ratio")
     command.add_argument("--seconds", type=float, default=30.0, help="of each, after a warm-up (%(default)s)")
     command.add_argument("--max-batch-tokens", type=int, help="tokens of a micro-batch (by model size)")
-    command.add_argument("--precision", choices=("bf16", "fp32"), help="bf16 on a GPU, fp32 on a CPU")
+    command.add_argument("--precision", choices=("bf16", "fp32"), help="bf16, as pretraining, or fp32 (bf16)")
     command.add_argument(
         "--deepspeed", metavar="JSON", help="run under DeepSpeed with this configuration, as pretraining"
     )

@@ -159,7 +159,8 @@ def test_token_baselines_equal_slow_counting(prepared, corpus, targets):
 
 def test_a_target_between_unknown_neighbors_has_the_unigram(prepared, corpus, targets):
     blind = Targets(
-        targets.truth, targets.sequence, targets.length, np.full_like(targets.left, -1), np.full_like(targets.right, -1),
+        targets.truth, targets.sequence, targets.length,
+        np.full_like(targets.left, -1), np.full_like(targets.right, -1),
         np.full_like(targets.left_bases, UNKNOWN), np.full_like(targets.right_bases, UNKNOWN),
     )  # fmt: skip
     vocabulary = load_ngrams(prepared.ngrams, corpus)

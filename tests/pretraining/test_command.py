@@ -50,8 +50,8 @@ def test_reports_that_need_a_package_say_which(prepared, refused, monkeypatch, n
 @pytest.mark.slow
 def test_a_start_takes_five_lines_and_no_progress_bar(finished_run):
     output = (finished_run / "output.txt").read_text()
-    first_words = [line.split()[0] for line in output.splitlines()]
-    assert first_words[:6] == ["DNAZEN", "attention", "data:", "training:", "output:", "{'loss':"]
+    first_words = [line.split()[0] for line in output.splitlines()[:6]]
+    assert first_words == ["DNAZEN", "attention", "data:", "training:", "output:", "{'loss':"]
     assert "it/s" not in output and "bits per base" in output
 
 
