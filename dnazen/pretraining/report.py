@@ -39,8 +39,8 @@ def describe(
     else:
         weights = "weights begin " + ("as functions of the data" if data_args.start == "data" else "at random")
     lines = [
-        f"DNAZEN {data_args.model_name}: {parameters / 1e6:.1f} M parameters, {weights}; {precision}, {engine}, "
-        f"{args.world_size} process(es) on {device}, operators {config.impl}",
+        f"DNAZEN {data_args.model_name}: {parameters / 1e6:.1f} M parameters, {precision}, {engine}, "
+        f"{args.world_size} process(es) on {device}, operators {config.impl}; {weights}",
         f"attention {attention.name}" + _describe_others(attention),
         f"data: {corpus.train.num_tokens:,} tokens in {len(corpus.train):,} sequences, "
         f"{len(corpus.validation):,} held out; {len(vocabulary.ngrams):,} G-grams",
