@@ -17,11 +17,13 @@ from dnazen.layers.fusion import AddNorm, ResidualLayerNorm
 
 
 class Embeddings(nn.Module):
-    """Word embedding plus row 0 of the token types, LayerNorm, dropout.
+    """Embeddings of tokens, or of G-grams: word embedding plus row 0 of the token types, LayerNorm, dropout, as in
+    BERT.
 
-    With `neighbor_window` w, the w words on either side of each are added to it, each through a matrix of its distance.
-    ALiBi (which depends on |i - j|) and the absence of other positions leave a model no other way to tell left from right
-    but by the distance to [CLS] and [SEP].
+    With `neighbor_window` w > 0, the word embeddings of the w tokens to the left and to the right are added too, each
+    after a linear layer of its own distance: for w = 1, `word[t] + left(word[t - 1]) + right(word[t + 1])`. Without it
+    the model could hardly tell left from right, because ALiBi depends on |i - j| alone and there are no other
+    positions.
     """
 
     def __init__(self, config, vocab_size: int, neighbor_window: int = 0) -> None:
@@ -94,7 +96,7 @@ class GatedMLP(nn.Module):
 
 
 class TokenLayer(nn.Module):
-    """A layer of the token encoder, after which the states of the covering G-grams (if given) are added to each token's."""
+    """A layer of the token encoder; after it, the states of the covering G-grams (if given) are added to each token's."""
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -124,7 +126,8 @@ class NgramLayer(nn.Module):
 
 
 class FusedEncoder(nn.Module):
-    """Both stacks. After the token encoder's layer l the states of the G-gram encoder's layer l are added (paper, eq. 4).
+    """Both stacks. After the token encoder's layer l the states of the G-gram encoder's layer l are added (paper, eq.
+    4).
 
     Hugging Face's models set the two attributes of gradient checkpointing: whether, and by which function.
     """
@@ -149,8 +152,9 @@ class FusedEncoder(nn.Module):
         """Run both stacks.
 
         Returns:
-            the token encoder's states after the embeddings and every layer (the last alone unless `keep_all`), and the attention
-            weights of every layer of the token encoder and of the G-gram encoder (None where the implementation has none).
+            the token encoder's states after the embeddings and every layer (the last alone unless `keep_all`), and the
+            attention weights of every layer of the token encoder and of the G-gram encoder (None where the
+            implementation has none).
         """
 
         def run(layer: nn.Module, *args):

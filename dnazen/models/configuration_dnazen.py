@@ -35,11 +35,11 @@ _TOLERATED_KEYS = {
 class DNAZenConfig(PreTrainedConfig):
     """Shape and constants of a DNAZEN model; the defaults are the base size.
 
-    `hidden_size`, `num_attention_heads` and `intermediate_size` hold for both encoders. The token encoder has `num_hidden_layers`
-    layers; the G-gram encoder has `num_hidden_ngram_layers`, whose outputs are added after the token encoder's first as many layers.
-    `neighbor_window` is how many tokens on either side enter a token's embedding (0, as published: none).
-    `max_ngram_count` is the cap of G-grams per sequence the model was trained with (None: no cap); `use_ngrams` is False if
-    it was trained without any, and then whatever prepares its input leaves them out.
+    `hidden_size`, `num_attention_heads` and `intermediate_size` hold for both encoders. The token encoder has
+    `num_hidden_layers` layers; the G-gram encoder has `num_hidden_ngram_layers`, whose outputs are added after the
+    token encoder's first as many layers. `neighbor_window` is how many tokens on either side enter a token's embedding
+    (0, as published: none). `max_ngram_count` is the cap of G-grams per sequence the model was trained with (None: no
+    cap); `use_ngrams` is False if it was trained without any, and then whatever prepares its input leaves them out.
     `impl` is not saved: "auto" runs packed, with Triton kernels on a GPU; "triton" demands them (on a CPU they need
     TRITON_INTERPRET=1); "reference" runs padded, with a dense matching matrix and eager attention.
 

@@ -19,7 +19,7 @@ def match_ngrams(
     max_ngrams: int | None,
     capacity: tuple[int, int] | None,
 ) -> list[torch.Tensor]:
-    """The fields of `NgramMatches`: as large as `capacity`, or without it as needed."""
+    """The tensors of `NgramMatches`, in order: as large as `capacity`, or without it as needed."""
     tokens, cu_seqlens, keys, ids, prefilter = (
         tensor.cpu().numpy() for tensor in (input_ids, cu_seqlens, keys, ids, prefilter)
     )

@@ -54,7 +54,8 @@ class NgramTable:
         """Build the table of different `ngrams` of 2 to 5 tokens, whose k-th has the id `ids[k]`, on the CPU.
 
         Raises:
-            ValueError: a length outside 2..5, a G-gram given twice, a token outside [0, vocab_size), or keys over 63 bits.
+            ValueError: a length outside 2..5, a G-gram given twice, a token outside [0, vocab_size), or keys over 63
+                bits.
         """
         for ngram in ngrams:
             if not MIN_LENGTH <= len(ngram) <= MAX_LENGTH:
