@@ -1,8 +1,8 @@
 """DNAZEN's entries in the Auto classes of transformers, made when those are imported and not before.
 
-So `import dnazen` alone costs some milliseconds, and yet `AutoModel.from_pretrained` knows the models after it. Importing
-either Auto module runs much of transformers; while that goes on, the configuration can be imported, the models cannot.
-That is why each module is waited for on its own.
+So `import dnazen` alone costs some milliseconds, and yet `AutoModel.from_pretrained` knows the models after it. The
+module of AutoConfig is imported while transformers is still busy with what our models need, but not our configuration:
+that is why each of the two modules is waited for on its own.
 """
 
 import sys
@@ -40,7 +40,7 @@ def _register(auto: ModuleType) -> None:
 
 
 class _AutoModules:
-    """An entry of `sys.meta_path` that finds the two modules as Python does, and has them registered once they have run."""
+    """An entry of `sys.meta_path`: finds the two modules as Python does, and registers once they have run."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:

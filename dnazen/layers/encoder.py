@@ -96,7 +96,7 @@ class GatedMLP(nn.Module):
 
 
 class TokenLayer(nn.Module):
-    """A layer of the token encoder; after it, the states of the covering G-grams (if given) are added to each token's."""
+    """A layer of the token encoder; after it, to each token are added the states of the G-grams over it, if given."""
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -148,12 +148,12 @@ class FusedEncoder(nn.Module):
         ngram_attention: Attention,
         add_norm: AddNorm,
         keep_all: bool,
-    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Run both stacks.
 
         Returns:
             the token encoder's states after the embeddings and every layer (the last alone unless `keep_all`), and the
-            attention weights of every layer of the token encoder and of the G-gram encoder (None where the
+            attention weights of every layer of the token encoder and of the G-gram encoder (none where the
             implementation has none).
         """
 
@@ -161,18 +161,20 @@ class FusedEncoder(nn.Module):
             is_checkpointing = self.gradient_checkpointing and self.training
             return self._gradient_checkpointing_func(layer, *args) if is_checkpointing else layer(*args)
 
-        all_hidden_states, all_weights, all_ngram_weights = [hidden_states] if keep_all else [], [], []
+        all_hidden_states = [hidden_states] if keep_all else []
+        all_weights: list[Tensor] = []
+        all_ngram_weights: list[Tensor] = []
         for index, layer in enumerate(self.layer):
             # The G-gram layers run even on a batch with no G-gram: under ZeRO-3 all ranks must call the same modules.
             if is_fused := index < len(self.ngram_layers):
                 ngram_hidden_states, ngram_weights = run(
                     self.ngram_layers[index], ngram_hidden_states, ngram_attention, add_norm
                 )
-                all_ngram_weights.append(ngram_weights)
+                all_ngram_weights += [] if ngram_weights is None else [ngram_weights]
             hidden_states, weights = run(
                 layer, hidden_states, attention, add_norm, ngram_hidden_states if is_fused else None
             )
             if keep_all or index == len(self.layer) - 1:
                 all_hidden_states.append(hidden_states)
-            all_weights.append(weights)
+            all_weights += [] if weights is None else [weights]
         return all_hidden_states, all_weights, all_ngram_weights

@@ -40,7 +40,7 @@ class ResidualLayerNorm(nn.LayerNorm):
     All of it happens in the forward of the module that owns the parameters: ZeRO-3 gathers them for that call alone.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, residual: Tensor, add_norm: AddNorm, ngram_hidden_states: Tensor | None = None
     ) -> Tensor:
         return add_norm(x, residual, self.weight, self.bias, self.eps, ngram_hidden_states)

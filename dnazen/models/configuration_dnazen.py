@@ -96,8 +96,8 @@ class DNAZenConfig(PreTrainedConfig):
         heads, layers, cap = self.num_attention_heads, self.num_hidden_layers, self.max_ngram_count
         check(self.hidden_size % heads == 0, "hidden_size", f"a multiple of num_attention_heads {heads}")
         check(self.num_hidden_ngram_layers <= layers, "num_hidden_ngram_layers", f"at most num_hidden_layers {layers}")
-        is_cap = is_number("max_ngram_count", (int,)) and cap >= 1
-        check(cap is None or is_cap, "max_ngram_count", "None or an integer of at least 1")
+        is_cap = cap is None or (is_number("max_ngram_count", (int,)) and cap >= 1)
+        check(is_cap, "max_ngram_count", "None or an integer of at least 1")
         check(self.attention_probs_dropout_prob == 0, "attention_probs_dropout_prob", "0 (no attention dropout)")
         for name in ("hidden_dropout_prob", "classifier_dropout"):
             is_absent = name == "classifier_dropout" and self.classifier_dropout is None

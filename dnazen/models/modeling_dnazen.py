@@ -171,14 +171,14 @@ def _pooler(config: DNAZenConfig) -> nn.Sequential:
 
 
 class DNAZenPreTrainedModel(StrictLoading, KeptNgrams, PreTrainedModel):
-    """Weights (normal with `initializer_range`, zero biases) as in Hugging Face's BERT; strict loading; G-grams kept."""
+    """Weights (normal with `initializer_range`, zero biases) as in Hugging Face's BERT; loading and saving are ours."""
 
     config_class = DNAZenConfig
     base_model_prefix = "bert"
     _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
 
-    def _check_and_adjust_attn_implementation(
+    def _check_and_adjust_attn_implementation(  # type: ignore[override]
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str | None:
         """Hugging Face's hook for `attn_implementation`: here the names are ours, and None lets `select_attention`
@@ -279,20 +279,20 @@ class DNAZenModel(DNAZenPreTrainedModel):
                 f"found {implementation!r}"
             )
         if self.config.impl == "reference":
-            all_hidden_states, *attentions = self._encode_padded(batch, output_hidden_states)
+            found = self._encode_padded(batch, bool(output_hidden_states))
         else:
-            all_hidden_states, *attentions = self._encode_packed(batch, implementation, output_hidden_states)
+            found = self._encode_packed(batch, implementation, bool(output_hidden_states))
+        all_hidden_states, attentions, ngram_attentions = found
         first_tokens = all_hidden_states[-1].index_select(0, batch.cu_seqlens[:-1])
         pooler_output = None if self.pooler is None else self.pooler(first_tokens)
         if layout is not None:
             all_hidden_states = [layout.pad(states) for states in all_hidden_states]
-        attentions, ngram_attentions = map(tuple, attentions) if output_attentions else (None, None)
         return DNAZenOutput(
             last_hidden_state=all_hidden_states[-1],
             pooler_output=pooler_output,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=attentions,
-            ngram_attentions=ngram_attentions,
+            attentions=tuple(attentions) if output_attentions else None,
+            ngram_attentions=tuple(ngram_attentions) if output_attentions else None,
         )
 
     def _attention_of_this_pass(self, device: torch.device) -> str:
@@ -302,7 +302,7 @@ class DNAZenModel(DNAZenPreTrainedModel):
 
     def _encode_packed(
         self, batch: PackedBatch, attention: str, keep_all: bool
-    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         slopes = alibi_slopes(self.config.num_attention_heads, batch.input_ids.device)
         return self.encoder(
             self.embeddings(batch.input_ids, batch.cu_seqlens),
@@ -313,9 +313,7 @@ class DNAZenModel(DNAZenPreTrainedModel):
             keep_all,
         )
 
-    def _encode_padded(
-        self, batch: PackedBatch, keep_all: bool
-    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    def _encode_padded(self, batch: PackedBatch, keep_all: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The reference: padded states, dense bias, explicit attention, einsum over a dense matching matrix."""
         tokens = PaddedLayout.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids))
         ngrams = PaddedLayout.from_cu_seqlens(batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids))
@@ -332,13 +330,26 @@ class DNAZenModel(DNAZenPreTrainedModel):
 
 
 class DNAZenWithHead(DNAZenPreTrainedModel):
-    """What the models with a head share: the encoders, then `head`, which gives loss (or None) and logits."""
+    """What the models with a head share: the encoders, then `head`."""
+
+    bert: DNAZenModel
+    output_class: type[ModelOutput]
+
+    def head(
+        self,
+        outputs: DNAZenOutput,
+        labels: Tensor | None,
+        masked_positions: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """The loss, or None without labels, and the logits."""
+        raise NotImplementedError
 
     def add_classifier(self, config: DNAZenConfig) -> None:
         """Drop-out, and a linear layer to `num_labels`."""
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
 
     @can_return_tuple
     @takes_model_inputs
@@ -380,7 +391,7 @@ class DNAZenForMaskedLM(DNAZenWithHead):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
-        return self.cls["predictions"].decoder
+        return self.get_submodule("cls.predictions.decoder")  # type: ignore[return-value]
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.cls["predictions"].decoder = value

@@ -86,11 +86,11 @@ def residual_layer_norm(
         _check_states("residual", residual, len(x), len(weight))
         if (ngram_hidden_states is None) != (edges is None):
             raise ValueError("ngram_hidden_states and edges must be given both or neither, got one of them")
-        if ngram_hidden_states is not None:
+        if ngram_hidden_states is not None and edges is not None:
             _check_ngrams(x, ngram_hidden_states, edges)
     if resolve_impl(impl, x.device) == "reference":
         hidden_states = residual_layer_norm_eager(x, residual, weight, bias, eps)
-        if ngram_hidden_states is None:
+        if ngram_hidden_states is None or edges is None:
             return hidden_states
         return ngram_fusion_index_add(hidden_states, ngram_hidden_states, edges)
     unpacked = [None] * 4 if edges is None else edges
