@@ -2,12 +2,19 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --prefer-binary --constraint constraints.txt
 
-.PHONY: pretrain test
+.PHONY: pretrain test lint
 pretrain: .venv/installed
 	PATH="$(CURDIR)/.venv/bin:$$PATH" deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json
 
 test: .venv/installed-test
 	PATH="$(CURDIR)/.venv/bin:$$PATH" python -m pytest
+
+# mypy finds packages by the names of their folders, and `kernels` is imported by another
+lint: .venv/installed-test
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	mkdir -p build/lint && ln -sfn "$(CURDIR)/kernels" build/lint/dnazen_kernels
+	MYPYPATH=build/lint .venv/bin/mypy
 
 # torch comes first: what follows then accepts the build that is there
 .venv/installed: setup.py constraints.txt

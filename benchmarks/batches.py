@@ -12,6 +12,7 @@ from dnazen.cli.main import main as dnazen
 from dnazen.data.corpus import Corpus
 from dnazen.ngram.vocab import load_ngrams
 from dnazen.pretraining.prepare import PACKAGED_GENOME
+from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_masking import MaskedBatch, ngram_masking
 from dnazen_kernels.ngram_matching import NgramMatches, NgramTable, ngram_matching
 
@@ -92,11 +93,10 @@ def make_batch(genome: Genome, num_tokens: int) -> Batch:
         "random": torch.from_numpy(np.random.default_rng(0).random((len(input_ids), 3))),
         "maskable_ids": torch.arange(FIRST_MASKABLE, genome.vocab_size),
     }
-    masked = ngram_masking(input_ids, **graph_of(matches), **masking).trimmed()
+    masked = ngram_masking(input_ids, **ngrams_of(matches), **masking).trimmed()
     return Batch(sequences, genome.vocabulary, input_ids, cu_seqlens, table, masking, matches, masked)
 
 
-def graph_of(fields: NgramMatches | MaskedBatch) -> dict[str, torch.Tensor]:
-    """The G-grams and both CSR views of their edges, by name."""
-    names = ("ngram_input_ids", "ngram_cu_seqlens", "token_offsets", "token_ngrams", "ngram_offsets", "ngram_tokens")
-    return {name: getattr(fields, name) for name in names}
+def ngrams_of(fields: NgramMatches | MaskedBatch) -> dict[str, torch.Tensor | NgramEdges]:
+    """The G-grams and their edges, by the names of `ngram_masking`'s arguments."""
+    return {name: getattr(fields, name) for name in ("ngram_input_ids", "ngram_cu_seqlens", "edges")}

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.batches import ngrams_of
 from dnazen.cli.main import main
 from dnazen.data.corpus import Corpus
 from dnazen.ngram.vocab import load_ngrams
 from dnazen_kernels.ngram_masking import ngram_masking
 from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
-from tests.helpers.oracles import mask_slowly, match_slowly
+from tests.helpers.oracles import as_lists, mask_slowly, match_slowly
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CLS, SEP, MASK, VOCAB_SIZE = 1, 2, 4, 4096
 MIN_TOKENS_PER_SECOND = 3e6
-GRAPH = ("ngram_input_ids", "ngram_cu_seqlens", "token_offsets", "token_ngrams", "ngram_offsets", "ngram_tokens")
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +78,13 @@ def test_matching_and_masking(benchmark, capsys, corpus, num_sequences, min_rati
     lists = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
 
     def ours():
-        *graph, _ = ngram_matching(tokens, cu_seqlens, table)
-        return ngram_masking(**options, **dict(zip(GRAPH, graph, strict=True))).trimmed()
+        return ngram_masking(**options, **ngrams_of(ngram_matching(tokens, cu_seqlens, table))).trimmed()
 
     def plain_python():
         return mask_slowly({**lists, **match_slowly(sequences, vocabulary)}, whole_ngram=True)
 
     torch.set_num_threads(1)
-    assert {name: value.tolist() for name, value in ours()._asdict().items()} == plain_python()
+    assert as_lists(ours()) == plain_python()
     # The fastest of both is compared, without garbage collection: other work of the machine is no part of either.
     benchmark(ours)
     speed = len(tokens) / benchmark.stats.stats.min
@@ -94,7 +93,7 @@ def test_matching_and_masking(benchmark, capsys, corpus, num_sequences, min_rati
     num_ngrams = len(ngram_matching(tokens, cu_seqlens, table).ngram_input_ids)
     with capsys.disabled():
         print(
-            f"\n{source}, {len(tokens):,} tokens, {num_ngrams / len(tokens):.3f} G-grams per token: {speed / 1e6:.1f} M "
-            f"tokens/s, plain Python {plain_speed / 1e6:.3f} M tokens/s, {speed / plain_speed:.0f} times"
+            f"\n{source}, {len(tokens):,} tokens, {num_ngrams / len(tokens):.3f} G-grams per token: {speed / 1e6:.1f} "
+            f"M tokens/s, plain Python {plain_speed / 1e6:.3f} M tokens/s, {speed / plain_speed:.0f} times"
         )
     assert speed >= MIN_TOKENS_PER_SECOND and speed >= min_ratio * plain_speed

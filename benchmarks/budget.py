@@ -39,10 +39,10 @@ from benchmarks.yeast import ROOT
 from dnazen.files import read_json, write_json
 from dnazen.layers.encoder import NgramLayer, TokenLayer
 from dnazen.layers.fusion import packed_add_norm
-from dnazen.layers.padding import PackedBatch
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.pretraining.arguments import RECIPES
 from dnazen.pretraining.bench.flops import training_flops
+from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_masking import IGNORE_INDEX
 
 FLOPS, BANDWIDTH, DATASHEET_FLOPS = 790e12, 4.3e12, 990e12  # per second: measured, measured, and what MFU divides by
@@ -167,17 +167,12 @@ def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
     """Everything in a step of one micro-batch in bf16."""
     hidden, layers, fused = config.hidden_size, config.num_hidden_layers, config.num_hidden_ngram_layers
     masked, num_tokens = batch.masked, len(batch.input_ids)
-    num_ngrams, num_edges = len(masked.ngram_input_ids), len(masked.token_ngrams)
+    num_ngrams, num_edges = len(masked.ngram_input_ids), len(masked.edges.token_ngrams)
     num_masked = int((masked.labels != IGNORE_INDEX).sum())
     lengths, ngram_lengths = batch.cu_seqlens.diff(), masked.ngram_cu_seqlens.diff()
     views = batch.input_ids.new_empty(num_tokens + num_ngrams + 2 + 2 * num_edges, dtype=torch.int32)
-    add_norm = packed_add_norm(
-        PackedBatch(
-            batch.input_ids, batch.cu_seqlens, 0, batch.input_ids[:num_ngrams], masked.ngram_cu_seqlens, 0,
-            *views.split([num_tokens + 1, num_edges, num_ngrams + 1, num_edges]),
-        ),
-        "triton",
-    )  # fmt: skip
+    edges = NgramEdges(*views.split([num_tokens + 1, num_edges, num_ngrams + 1, num_edges]))
+    add_norm = packed_add_norm(edges, "triton")
     with torch.device("meta"):
         model = DNAZenForMaskedLM(config).to(torch.bfloat16).train()
     token_layer, ngram_layer = TokenLayer(config).to(torch.bfloat16), NgramLayer(config).to(torch.bfloat16)

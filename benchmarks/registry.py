@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.batches import Batch, graph_of
-from dnazen.layers.padding import PackedBatch, PaddedLayout, dense_matching_matrix
+from benchmarks.batches import Batch, ngrams_of
+from dnazen.layers.padding import PaddedLayout, dense_matching_matrix
+from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_fusion import ngram_fusion, residual_layer_norm
 from dnazen_kernels.ngram_fusion.reference import ngram_fusion_dense, residual_layer_norm_eager
 from dnazen_kernels.ngram_masking import ngram_masking
 from dnazen_kernels.ngram_matching import ngram_matching
-from tests.helpers.oracles import mask_slowly, match_slowly
+from tests.helpers.oracles import as_lists, mask_slowly, match_slowly
 
 MODES = ("fwd", "bwd", "fwdbwd")
 EPS = 1e-12
@@ -48,7 +49,7 @@ class Sizes:
         return 4 * (self.num_ngrams + 1 + self.num_edges)
 
     @property
-    def graph(self) -> int:
+    def matching(self) -> int:
         """G-gram ids, where each sequence's begin, and both views."""
         return 8 * self.num_ngrams + 4 * (self.num_sequences + 1) + self.csr_by_token + self.csr_by_ngram
 
@@ -88,7 +89,7 @@ class FusionInputs:
     bias: Tensor
     ngram_states: Tensor
     grad: Tensor
-    csr: tuple[Tensor, ...]
+    edges: NgramEdges
     tokens: PaddedLayout
     ngrams: PaddedLayout
     matrix: Tensor  # [B, S, G] fp32, as the padded model has it
@@ -98,11 +99,10 @@ class FusionInputs:
 def fusion_inputs(batch: Batch, hidden_size: int, dtype: torch.dtype, device: torch.device) -> FusionInputs:
     """Random states for the batch as masking leaves it."""
     generator = torch.Generator(device).manual_seed(0)
-    graph = {name: tensor.to(device) for name, tensor in graph_of(batch.masked).items()}
-    cu_seqlens, ngram_cu_seqlens = batch.cu_seqlens.to(device), graph["ngram_cu_seqlens"]
+    edges = batch.masked.edges.to(device)
+    cu_seqlens, ngram_cu_seqlens = batch.cu_seqlens.to(device), batch.masked.ngram_cu_seqlens.to(device)
     max_seqlen, max_ngrams = int(cu_seqlens.diff().max()), int(ngram_cu_seqlens.diff().max())
-    num_tokens, num_ngrams = len(batch.input_ids), len(graph["ngram_input_ids"])
-    packed = PackedBatch(batch.masked.input_ids.to(device), cu_seqlens, max_seqlen, max_ngrams=max_ngrams, **graph)
+    num_tokens, num_ngrams = len(batch.input_ids), len(batch.masked.ngram_input_ids)
     tokens = PaddedLayout.from_cu_seqlens(cu_seqlens, max_seqlen, num_tokens)
     ngrams = PaddedLayout.from_cu_seqlens(ngram_cu_seqlens, max_ngrams, num_ngrams)
     rows = (num_tokens, num_tokens, None, None, num_ngrams, num_tokens)  # None: a vector
@@ -112,11 +112,10 @@ def fusion_inputs(batch: Batch, hidden_size: int, dtype: torch.dtype, device: to
         )
         for count in rows
     ]
-    csr = tuple(graph[name] for name in ("token_offsets", "token_ngrams", "ngram_offsets", "ngram_tokens"))
-    num_covered = int((graph["token_offsets"].diff() > 0).sum())
-    sizes = Sizes(num_tokens, len(batch.sequences), num_ngrams, len(csr[1]), num_covered, hidden_size, dtype.itemsize)
-    matrix = dense_matching_matrix(packed, tokens, ngrams)
-    return FusionInputs(*states, csr, tokens, ngrams, matrix, sizes)
+    num_edges, num_covered = len(edges.token_ngrams), int((edges.token_offsets.diff() > 0).sum())
+    sizes = Sizes(num_tokens, len(batch.sequences), num_ngrams, num_edges, num_covered, hidden_size, dtype.itemsize)
+    matrix = dense_matching_matrix(edges, tokens, ngrams)
+    return FusionInputs(*states, edges, tokens, ngrams, matrix, sizes)
 
 
 def _leaves(*tensors: Tensor) -> list[Tensor]:
@@ -128,7 +127,7 @@ def _packed_fusion(impl: str, compiled: bool = False) -> Callable[[FusionInputs]
         leaves = _leaves(inputs.x, inputs.ngram_states)
 
         def fuse(x, ngram_states):
-            return ngram_fusion(x, ngram_states, *inputs.csr, impl=impl)
+            return ngram_fusion(x, ngram_states, inputs.edges, impl=impl)
 
         return _case(fuse, leaves, inputs.grad, compiled)
 
@@ -140,7 +139,7 @@ def _packed_norm(impl: str, compiled: bool = False) -> Callable[[FusionInputs], 
         leaves = _leaves(inputs.x, inputs.residual, inputs.weight, inputs.bias, inputs.ngram_states)
 
         def normalize(x, residual, weight, bias, ngram_states):
-            return residual_layer_norm(x, residual, weight, bias, EPS, ngram_states, *inputs.csr, impl=impl)
+            return residual_layer_norm(x, residual, weight, bias, EPS, ngram_states, inputs.edges, impl=impl)
 
         return _case(normalize, leaves, inputs.grad, compiled)
 
@@ -201,21 +200,21 @@ class IntegerInputs(NamedTuple):
     batch: Batch
     input_ids: Tensor
     cu_seqlens: Tensor
-    graph: dict[str, Tensor]  # before masking
+    ngrams: dict[str, Tensor | NgramEdges]  # before masking
     masking: dict[str, Any]
     sizes: Sizes
 
 
 def integer_inputs(batch: Batch, hidden_size: int, dtype: torch.dtype, device: torch.device) -> IntegerInputs:
     def move(values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
+        return {name: value.to(device) if hasattr(value, "to") else value for name, value in values.items()}
 
-    graph, masking = graph_of(batch.matches), move(batch.masking)
+    ngrams, masking, edges = ngrams_of(batch.matches), move(batch.masking), batch.matches.edges
     sizes = Sizes(
-        len(batch.input_ids), len(batch.sequences), len(graph["ngram_input_ids"]), len(graph["token_ngrams"]),
-        int((graph["token_offsets"].diff() > 0).sum()), num_maskable_ids=len(masking["maskable_ids"]),
+        len(batch.input_ids), len(batch.sequences), len(batch.matches.ngram_input_ids), len(edges.token_ngrams),
+        int((edges.token_offsets.diff() > 0).sum()), num_maskable_ids=len(masking["maskable_ids"]),
     )  # fmt: skip
-    return IntegerInputs(batch, batch.input_ids.to(device), batch.cu_seqlens.to(device), move(graph), masking, sizes)
+    return IntegerInputs(batch, batch.input_ids.to(device), batch.cu_seqlens.to(device), move(ngrams), masking, sizes)
 
 
 def _matching(impl: str) -> Callable[[IntegerInputs], Case]:
@@ -224,13 +223,10 @@ def _matching(impl: str) -> Callable[[IntegerInputs], Case]:
         needed = (inputs.sizes.num_ngrams, inputs.sizes.num_edges)
         capacity = tuple(int(ROOM * size) for size in needed) if impl == "triton" else None
 
-        def packed(fields):
-            num_ngrams, num_edges, _, _ = fields.counts.tolist()
-            lists = _lists(fields)
-            for name in ("ngram_input_ids", "ngram_offsets", "token_ngrams", "ngram_tokens"):
-                size = num_edges if name in ("token_ngrams", "ngram_tokens") else num_ngrams
-                lists[name] = lists[name][: size + (name == "ngram_offsets")]
-            return lists
+        def packed(matches):
+            num_ngrams, num_edges, _, _ = matches.counts.tolist()
+            ids, edges = matches.ngram_input_ids[:num_ngrams], matches.edges.trimmed(num_ngrams, num_edges)
+            return as_lists(matches._replace(ngram_input_ids=ids, edges=edges))
 
         def match():
             return ngram_matching(inputs.input_ids, inputs.cu_seqlens, table, capacity=capacity, impl=impl)
@@ -248,21 +244,16 @@ def _matching_in_python(inputs: IntegerInputs) -> Case:
 def _masking(impl: str) -> Callable[[IntegerInputs], Case]:
     def prepare(inputs: IntegerInputs) -> Case:
         def mask():
-            return ngram_masking(inputs.input_ids, **inputs.graph, **inputs.masking, impl=impl)
+            return ngram_masking(inputs.input_ids, **inputs.ngrams, **inputs.masking, impl=impl)
 
-        return Case(mask, [], None, lambda fields: _lists(fields.trimmed()))
+        return Case(mask, [], None, lambda masked: as_lists(masked.trimmed()))
 
     return prepare
 
 
 def _masking_in_python(inputs: IntegerInputs) -> Case:
-    arguments = {"input_ids": inputs.input_ids, **inputs.graph, **inputs.masking}
-    lists = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    lists = as_lists({"input_ids": inputs.input_ids, **inputs.ngrams, **inputs.masking})
     return Case(lambda: mask_slowly(lists, whole_ngram=True), [], None, lambda fields: fields)
-
-
-def _lists(fields: NamedTuple) -> dict[str, list]:
-    return {name: value.tolist() for name, value in fields._asdict().items()}
 
 
 def _with_sum(forward: Callable[[Sizes], int], backward: Callable[[Sizes], int]) -> dict[str, Callable[[Sizes], int]]:
@@ -294,14 +285,14 @@ def norm_backward_bytes(sizes: Sizes) -> int:
 
 
 def matching_bytes(sizes: Sizes) -> int:
-    """Read tokens, sequences, a byte of the prefilter per token, key and id of each G-gram found; write the graph."""
+    """Read tokens, sequences, a byte of the prefilter per token, key and id of each G-gram; write the matching."""
     read = 9 * sizes.num_tokens + 4 * (sizes.num_sequences + 1) + 16 * sizes.num_ngrams
-    return read + sizes.graph + 16
+    return read + sizes.matching + 16
 
 
 def masking_bytes(sizes: Sizes) -> int:
-    """Read tokens, which are maskable, 3 fp64 for each, the graph and the maskable ids; write tokens, labels, graph."""
-    return (8 + 1 + 24 + 16) * sizes.num_tokens + 2 * sizes.graph + 8 * sizes.num_maskable_ids + 8
+    """Read tokens, maskable, 3 fp64 for each, the matching, the maskable ids; write tokens, labels, the matching."""
+    return (8 + 1 + 24 + 16) * sizes.num_tokens + 2 * sizes.matching + 8 * sizes.num_maskable_ids + 8
 
 
 _STATES = {"hidden_sizes": (768, 1536), "dtypes": (torch.float32, torch.bfloat16)}

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks import registry
-from benchmarks.batches import Batch, add_genome_arguments, graph_of, load_genomes, make_batch
+from benchmarks.batches import Batch, add_genome_arguments, load_genomes, make_batch, ngrams_of
 from benchmarks.registry import ROOM, FusionInputs, Sizes
 
 BANDWIDTHS = {"3.3 TB/s": 3.3e12, "4.3 TB/s": 4.3e12}  # measured copies of an H100 and an H200
@@ -112,14 +112,14 @@ def integer_rows(batch: Batch) -> list[Row]:
     from dnazen_kernels.ngram_matching import triton_impl
 
     table, matches = batch.table, batch.matches
-    capacity = tuple(int(ROOM * len(tensor)) for tensor in (matches.ngram_input_ids, matches.token_ngrams))
+    capacity = tuple(int(ROOM * len(tensor)) for tensor in (matches.ngram_input_ids, matches.edges.token_ngrams))
     tensors = table.keys, table.ids, table.prefilter, table.bits, table.hash_bits
     with Traffic() as matching:
         triton_impl.match_ngrams(batch.input_ids, batch.cu_seqlens, *tensors, None, capacity)
     # The look-up: a token, the end of its sequence and its byte of the prefilter; four slots.
     look_up = len(batch.input_ids) * (8 + 8 + 1 + 4 * 8)
     with Traffic() as masking:
-        ngram_masking(batch.input_ids, **graph_of(matches), **batch.masking, impl="triton")
+        ngram_masking(batch.input_ids, **ngrams_of(matches), **batch.masking, impl="triton")
     return [
         Row("`ngram_matching`", matching.launches + 1, matching.num_bytes + look_up),
         masking.row("`ngram_masking`"),
@@ -151,7 +151,7 @@ def table(rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> str:
 def print_tables(batch: Batch) -> None:
     inputs = registry.fusion_inputs(batch, HIDDEN_SIZE, torch.bfloat16, torch.device("cpu"))
     sizes = inputs.sizes
-    before = len(batch.matches.ngram_input_ids), len(batch.matches.token_ngrams)
+    before = len(batch.matches.ngram_input_ids), len(batch.matches.edges.token_ngrams)
     times = {
         f"µs at {name}": lambda row, bandwidth=bandwidth: f"{1e6 * row.seconds(bandwidth):,.1f}"
         for name, bandwidth in BANDWIDTHS.items()

@@ -1,10 +1,11 @@
-"""Choice of implementation, shared by all operators."""
+"""What all operators share: the choice of implementation, and the check of a tensor."""
 
 import importlib.util
 import os
 
 import torch
 
+INTEGERS = (torch.int32, torch.int64)
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # without importing it
 
@@ -27,3 +28,20 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     if impl == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(f"impl='triton' needs CUDA tensors, or TRITON_INTERPRET=1 to interpret, got {device.type}")
     return impl
+
+
+def check_tensor(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """Check one tensor of an operator's input, without a device synchronisation.
+
+    Raises:
+        TypeError: its dtype is none of `dtypes`.
+        ValueError: its shape is not `shape`, or it is on another device.
+    """
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the tokens, got {tensor.device}")

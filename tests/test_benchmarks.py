@@ -13,10 +13,11 @@ import time
 import psutil
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import HfArgumentParser
 
 from benchmarks import attention, budget, carry, gpu, gpu_page, registry, rehearsal, roofline, run
-from benchmarks.batches import Genome, graph_of, make_batch
+from benchmarks.batches import Genome, make_batch, ngrams_of
 from benchmarks.registry import MODES, OPERATORS, Sizes
 from dnazen.cli.main import _make_parser
 from dnazen.files import InputError
@@ -36,7 +37,7 @@ def batch():
     sequences = [[7, 8, 9, 7, 8, 5, 6, 11, 12, 13], [5, 6, 5, 6, 5], [11, 12, 11, 12, 7, 8, 6]]
     batch = make_batch(Genome("toy", sequences, vocabulary, 16), 28)
     unmasked = {**batch.masking, "mlm_probability": 0.0}  # so that some sequence has two G-grams left
-    return batch._replace(masked=ngram_masking(batch.input_ids, **graph_of(batch.matches), **unmasked).trimmed())
+    return batch._replace(masked=ngram_masking(batch.input_ids, **ngrams_of(batch.matches), **unmasked).trimmed())
 
 
 def outputs(name, batch, device, hidden_size=24, dtype=torch.float32):
@@ -113,13 +114,14 @@ def test_bytes_by_hand():
 def test_bytes_agree_with_the_tensors(batch):
     """Bytes of the tensors themselves, where an operand is read or written whole."""
     inputs = registry.fusion_inputs(batch, 24, torch.bfloat16, torch.device("cpu"))
-    by_token = sum(tensor.nbytes for tensor in inputs.csr[:2])
+    by_token = sum(tensor.nbytes for tensor in inputs.edges[:2])
     states = 2 * inputs.x.nbytes + inputs.ngram_states.nbytes
     assert registry.fusion_forward_bytes(inputs.sizes) == states + by_token
     whole = registry.integer_inputs(batch, 0, torch.int64, torch.device("cpu"))
-    masked = ngram_masking(whole.input_ids, **whole.graph, **whole.masking)
-    read = [whole.input_ids, *whole.graph.values(), *(x for x in whole.masking.values() if isinstance(x, torch.Tensor))]
-    assert registry.masking_bytes(whole.sizes) == sum(tensor.nbytes for tensor in [*read, *masked])
+    masked = ngram_masking(whole.input_ids, **whole.ngrams, **whole.masking)
+    values = tree_leaves([whole.input_ids, whole.ngrams, whole.masking, masked])
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    assert registry.masking_bytes(whole.sizes) == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_rows_have_every_column_and_go_to_their_device(batch, tmp_path, monkeypatch):
@@ -219,7 +221,7 @@ def test_the_budget_of_a_step_holds_all_that_is_owed(batch, device):
     """The kernels' arithmetic, taken from PyTorch's own graphs, against the formula that `dnazen bench` divides by."""
     if device.type == "cuda":
         pytest.skip("needs Triton's interpreter, for it counts the operations that run on a CPU")
-    masked = ngram_masking(batch.input_ids, **graph_of(batch.matches), **batch.masking).trimmed()
+    masked = ngram_masking(batch.input_ids, **ngrams_of(batch.matches), **batch.masking).trimmed()
     # the labels of a masking that masks, and the G-grams of one that does not
     batch = batch._replace(masked=batch.masked._replace(labels=masked.labels))
     config = DNAZenConfig(

@@ -138,7 +138,7 @@ def collect_statistics(
                 split.instances += len(cu_seqlens) - 1
                 split.tokens += len(tokens)
                 split.unknown_tokens += int((tokens == tokenizer.unk_token_id).sum())
-                split.covered_tokens += int(matches.token_offsets.diff().count_nonzero())
+                split.covered_tokens += int(matches.edges.token_offsets.diff().count_nonzero())
                 add_pairs(token_counts, pair_counts, tokens, *encode_pairs(tokens, cu_seqlens, bits))
                 progress.update(len(tokens))
             split.total, split.distinct = int(counts.sum()), int(np.count_nonzero(counts))

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from dnazen.batches.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch
 from dnazen.data.corpus import TokenSplit
 from dnazen.ngram.vocab import NgramVocabulary
+from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_masking import IGNORE_INDEX, MASK_SHARE, RANDOM_SHARE, ngram_masking
 from dnazen_kernels.ngram_matching import ngram_matching
 
@@ -22,8 +23,8 @@ class Masking(NamedTuple):
         mlm_probability: chance of each maskable token to be drawn.
         whole_ngram: mask all tokens of every G-gram that covers a drawn token; else the drawn tokens alone.
         seed: with the epoch and the sequence, decides every draw.
-        mask_share, random_share: of the masked tokens, how many are shown as [MASK] (hidden), and as a random token; the
-            rest are shown as they are.
+        mask_share, random_share: of the masked tokens, how many are shown as [MASK] (hidden), and as a random token;
+            the rest are shown as they are.
     """
 
     mlm_probability: float
@@ -42,7 +43,7 @@ def masking_uniforms(seed: int, epoch: int, sequence: int, length: int) -> np.nd
 
 
 class BatchCounts(NamedTuple):
-    """What the host must know of a batch that is matched and masked."""
+    """What the host must know of a batch that is matched and masked, so as to trim it."""
 
     ngrams: int
     edges: int
@@ -55,8 +56,9 @@ class BatchCounts(NamedTuple):
 class PackedCollator:
     """Packs token sequences end to end, finds their G-grams and masks them.
 
-    Calling it does so in three steps: `pack` on the host; `match_and_mask` where its input lies, without a wait if it is
-    given a capacity; and `trim`, for which the host must know the sizes.
+    Calling it does so in three steps: `pack` on the host; `match_and_mask` on the device of its input; and `trim`, for
+    which the host must know the sizes. With a `capacity` the second does not wait for the device, because its tensors
+    are as long as that, whatever is in them (see `NgramMatches`).
 
     Args:
         tokenizer: for the ids of the special tokens.
@@ -136,22 +138,22 @@ class PackedCollator:
         *,
         capacity: tuple[int, int] | None = None,
         impl: str = "auto",
-    ) -> tuple[dict[str, torch.Tensor | int], torch.Tensor]:
+    ) -> tuple[dict[str, Any], torch.Tensor]:
         """Find the G-grams of what `pack` returned, and mask.
 
         Args:
-            capacity: room for so many G-grams and edges, so that nobody waits to learn how many there are; None for as
-                many as there are.
+            capacity: the size (G-grams, edges) that the tensors get; G-grams beyond it are left out and counted in
+                `overflow`. None: as many as there are, which the host must wait to learn.
             impl: of the operators.
 
         Returns:
-            The batch in tensors that may be longer than what is in them, and `BatchCounts` as a tensor.
+            The batch, padded to `capacity`, its `NgramEdges` under `edges`; and the fields of `BatchCounts` as a
+            tensor.
         """
         matches = ngram_matching(input_ids, cu_seqlens, self.table, self.max_ngrams, capacity=capacity, impl=impl)
-        fields = matches._asdict()
-        num_ngrams, num_edges, dropped, overflow = fields.pop("counts").unbind()
+        batch: dict[str, Any] = {"input_ids": input_ids, **matches._asdict()}
+        num_ngrams, num_edges, dropped, overflow = batch.pop("counts").unbind()
         num_masked = torch.zeros_like(dropped)
-        batch: dict[str, Any] = {"input_ids": input_ids, **fields}
         if self.masking is not None:
             masked = ngram_masking(
                 maskable=maskable,
@@ -169,14 +171,14 @@ class PackedCollator:
             num_ngrams, num_edges = batch.pop("counts").unbind()
             num_masked = (batch["labels"] != IGNORE_INDEX).sum()
         if not self.use_ngrams:
-            batch = without_ngrams(batch)
+            batch |= no_ngrams(input_ids, cu_seqlens)
             num_ngrams = num_edges = torch.zeros_like(dropped)
         longest = batch["ngram_cu_seqlens"].diff().amax()
         batch["cu_seqlens"], batch["max_seqlen"] = cu_seqlens, max_seqlen
         counts = num_ngrams, num_edges, longest, num_masked, dropped, overflow
         return batch, torch.stack([count.to(torch.int32) for count in counts])
 
-    def trim(self, batch: dict[str, torch.Tensor | int], counts: BatchCounts) -> dict[str, torch.Tensor | int]:
+    def trim(self, batch: dict[str, Any], counts: BatchCounts) -> dict[str, torch.Tensor | int]:
         """What `match_and_mask` returned, without what is behind the content.
 
         Returns:
@@ -184,14 +186,9 @@ class PackedCollator:
             `ngram_cu_seqlens [B+1]`, `max_ngrams`, both CSR views of the matching matrix, and, if masking, `labels [T]`
             and the indices of the masked tokens in them, `masked_positions`.
         """
-        batch = {
-            **batch,
-            "ngram_input_ids": batch["ngram_input_ids"][: counts.ngrams],
-            "token_ngrams": batch["token_ngrams"][: counts.edges],
-            "ngram_offsets": batch["ngram_offsets"][: counts.ngrams + 1],
-            "ngram_tokens": batch["ngram_tokens"][: counts.edges],
-            "max_ngrams": counts.max_ngrams,
-        }
+        batch = {**batch, "ngram_input_ids": batch["ngram_input_ids"][: counts.ngrams], "max_ngrams": counts.max_ngrams}
+        edges = batch.pop("edges").trimmed(counts.ngrams, counts.edges)
+        batch |= edges._asdict()  # one by one, as models take them
         if "labels" in batch:
             number = (batch["labels"] != IGNORE_INDEX).cumsum(0)
             wanted = torch.arange(1, counts.masked + 1, device=number.device)
@@ -206,11 +203,13 @@ def move_batch(batch: dict[str, torch.Tensor | int], device: torch.device) -> di
     }
 
 
-def without_ngrams(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same batch with no G-gram in it."""
-    empty = {name: batch[name][:0] for name in ("ngram_input_ids", "token_ngrams", "ngram_tokens")}
-    zeros = {name: torch.zeros_like(batch[name]) for name in ("ngram_cu_seqlens", "token_offsets")}
-    return {**batch, **empty, **zeros, "ngram_offsets": batch["ngram_offsets"][:1]}
+def no_ngrams(input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> dict[str, Any]:
+    """The fields of G-grams, in a batch of these tokens that has none."""
+    return {
+        "ngram_input_ids": input_ids.new_zeros(0, dtype=torch.int64),
+        "ngram_cu_seqlens": torch.zeros_like(cu_seqlens, dtype=torch.int32),
+        "edges": NgramEdges.empty(len(input_ids), input_ids.device),
+    }
 
 
 class PackedDataset(Dataset):

@@ -16,8 +16,8 @@ class DeviceBatch:
     Args:
         collator: its tables on the device.
         packed: what `PackedCollator.pack` made, on the device.
-        capacity: room for G-grams and edges. If it is too small, the batch is made once more with room for all that can
-            be, and then the host does wait.
+        capacity: the size (G-grams, edges) of the tensors it is made in. If that is too small, the batch is made once
+            more at the size of all that there can be, and then the host does wait.
         impl: of the operators.
     """
 
@@ -54,7 +54,11 @@ class DeviceBatch:
 def measure_capacity(
     dataset: PackedDataset, micro_batches: Iterable[MicroBatch], multiple: int = 64
 ) -> tuple[int, int]:
-    """Room for G-grams and edges that nearly all batches like these fit: half more than the fullest of them needs."""
+    """The capacity (G-grams, edges) that nearly all batches like these fit: half more than the fullest of them needs.
+
+    Where the fullest has 1,000 G-grams and 3,000 edges, that is (1,536, 4,544): each half more, and up to the next
+    multiple.
+    """
     unmasked = copy.copy(dataset.collator)
     unmasked.masking, unmasked.use_ngrams = None, True  # room is needed before masking
     most = 0, 0

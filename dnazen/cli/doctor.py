@@ -7,12 +7,14 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
 from dnazen.layers.attention import select_attention
+from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_fusion import residual_layer_norm
 from dnazen_kernels.ngram_masking import ngram_masking
 from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
@@ -84,31 +86,36 @@ def _batch() -> tuple[Tensor, Tensor, NgramTable]:
 
 def _matching(device: torch.device, impl: str) -> list[Tensor]:
     input_ids, cu_seqlens, table = _batch()
-    return list(
-        ngram_matching(input_ids.to(device), cu_seqlens.to(device), table.to(device), capacity=(1200, 4000), impl=impl)
-    )
+    moved = input_ids.to(device), cu_seqlens.to(device), table.to(device)
+    matches = ngram_matching(*moved, capacity=(1200, 4000), impl=impl)
+    return [matches.ngram_input_ids, matches.ngram_cu_seqlens, *matches.edges, matches.counts]
 
 
-def _graph(device: torch.device) -> dict[str, Tensor]:
+def _matches(device: torch.device) -> dict[str, Any]:
+    """Arguments of `ngram_masking`."""
     input_ids, cu_seqlens, table = _batch()
-    matches = ngram_matching(input_ids, cu_seqlens, table, impl="reference")._asdict()
-    del matches["counts"]
-    return {"input_ids": input_ids.to(device), **{name: value.to(device) for name, value in matches.items()}}
+    matches = ngram_matching(input_ids, cu_seqlens, table, impl="reference")
+    return {
+        "input_ids": input_ids.to(device),
+        "ngram_input_ids": matches.ngram_input_ids.to(device),
+        "ngram_cu_seqlens": matches.ngram_cu_seqlens.to(device),
+        "edges": matches.edges.to(device),
+    }
 
 
 def _masking(device: torch.device, impl: str) -> list[Tensor]:
     random = torch.rand(400, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
     maskable, ids = torch.ones(400, dtype=torch.bool, device=device), torch.arange(5, 32, device=device)
     arguments = {"mlm_probability": 0.15, "mask_token_id": 4, "maskable_ids": ids, "impl": impl}
-    return list(ngram_masking(maskable=maskable, random=random, **_graph(device), **arguments))
+    masked = ngram_masking(maskable=maskable, random=random, **_matches(device), **arguments)
+    return [tensor for field in masked for tensor in (field if isinstance(field, NgramEdges) else [field])]
 
 
 def _fusion(device: torch.device, impl: str) -> list[Tensor]:
     """The fused layer end, forward and backward."""
-    graph = _graph(device)
+    matches = _matches(device)
     generator = torch.Generator().manual_seed(2)
-    sizes = ((400, 64), (400, 64), (64,), (64,), (len(graph["ngram_input_ids"]), 64))
+    sizes = ((400, 64), (400, 64), (64,), (64,), (len(matches["ngram_input_ids"]), 64))
     inputs = [torch.randn(size, generator=generator).to(device).requires_grad_() for size in sizes]
-    csr = [graph[name] for name in ("token_offsets", "token_ngrams", "ngram_offsets", "ngram_tokens")]
-    out = residual_layer_norm(*inputs[:4], 1e-12, inputs[4], *csr, impl=impl)
+    out = residual_layer_norm(*inputs[:4], 1e-12, inputs[4], matches["edges"], impl=impl)
     return [out.detach(), *torch.autograd.grad((out * out).sum() / 64, inputs)]

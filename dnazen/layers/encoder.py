@@ -17,11 +17,13 @@ from dnazen.layers.fusion import AddNorm, ResidualLayerNorm
 
 
 class Embeddings(nn.Module):
-    """Word embedding plus row 0 of the token types, LayerNorm, dropout.
+    """Embeddings of tokens, or of G-grams: word embedding plus row 0 of the token types, LayerNorm, dropout, as in
+    BERT.
 
-    With `neighbor_window` w, the w words on either side of each are added to it, each through a matrix of its distance.
-    ALiBi (which depends on |i - j|) and the absence of other positions leave a model no other way to tell left from right
-    but by the distance to [CLS] and [SEP].
+    With `neighbor_window` w > 0, the word embeddings of the w tokens to the left and to the right are added too, each
+    after a linear layer of its own distance: for w = 1, `word[t] + left(word[t - 1]) + right(word[t + 1])`. Without it
+    the model could hardly tell left from right, because ALiBi depends on |i - j| alone and there are no other
+    positions.
     """
 
     def __init__(self, config, vocab_size: int, neighbor_window: int = 0) -> None:
@@ -94,7 +96,7 @@ class GatedMLP(nn.Module):
 
 
 class TokenLayer(nn.Module):
-    """A layer of the token encoder, after which the states of the covering G-grams (if given) are added to each token's."""
+    """A layer of the token encoder; after it, to each token are added the states of the G-grams over it, if given."""
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -124,7 +126,8 @@ class NgramLayer(nn.Module):
 
 
 class FusedEncoder(nn.Module):
-    """Both stacks. After the token encoder's layer l the states of the G-gram encoder's layer l are added (paper, eq. 4).
+    """Both stacks. After the token encoder's layer l the states of the G-gram encoder's layer l are added (paper, eq.
+    4).
 
     Hugging Face's models set the two attributes of gradient checkpointing: whether, and by which function.
     """
@@ -145,30 +148,33 @@ class FusedEncoder(nn.Module):
         ngram_attention: Attention,
         add_norm: AddNorm,
         keep_all: bool,
-    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Run both stacks.
 
         Returns:
-            the token encoder's states after the embeddings and every layer (the last alone unless `keep_all`), and the attention
-            weights of every layer of the token encoder and of the G-gram encoder (None where the implementation has none).
+            the token encoder's states after the embeddings and every layer (the last alone unless `keep_all`), and the
+            attention weights of every layer of the token encoder and of the G-gram encoder (none where the
+            implementation has none).
         """
 
         def run(layer: nn.Module, *args):
             is_checkpointing = self.gradient_checkpointing and self.training
             return self._gradient_checkpointing_func(layer, *args) if is_checkpointing else layer(*args)
 
-        all_hidden_states, all_weights, all_ngram_weights = [hidden_states] if keep_all else [], [], []
+        all_hidden_states = [hidden_states] if keep_all else []
+        all_weights: list[Tensor] = []
+        all_ngram_weights: list[Tensor] = []
         for index, layer in enumerate(self.layer):
             # The G-gram layers run even on a batch with no G-gram: under ZeRO-3 all ranks must call the same modules.
             if is_fused := index < len(self.ngram_layers):
                 ngram_hidden_states, ngram_weights = run(
                     self.ngram_layers[index], ngram_hidden_states, ngram_attention, add_norm
                 )
-                all_ngram_weights.append(ngram_weights)
+                all_ngram_weights += [] if ngram_weights is None else [ngram_weights]
             hidden_states, weights = run(
                 layer, hidden_states, attention, add_norm, ngram_hidden_states if is_fused else None
             )
             if keep_all or index == len(self.layer) - 1:
                 all_hidden_states.append(hidden_states)
-            all_weights.append(weights)
+            all_weights += [] if weights is None else [weights]
         return all_hidden_states, all_weights, all_ngram_weights

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from dnazen.layers.padding import PackedBatch
+from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_fusion import residual_layer_norm
 from dnazen_kernels.ngram_fusion.reference import ngram_fusion_dense, residual_layer_norm_eager
 
@@ -12,12 +12,11 @@ from dnazen_kernels.ngram_fusion.reference import ngram_fusion_dense, residual_l
 AddNorm = Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 
 
-def packed_add_norm(batch: PackedBatch, impl: str) -> AddNorm:
+def packed_add_norm(edges: NgramEdges, impl: str) -> AddNorm:
     """On packed `[T, H]`, in one pass where kernels run; `impl` is that of `dnazen_kernels`."""
-    csr = (batch.token_offsets, batch.token_ngrams, batch.ngram_offsets, batch.ngram_tokens)
 
     def add_norm(x, residual, weight, bias, eps, ngram_hidden_states):
-        ngrams = () if ngram_hidden_states is None else (ngram_hidden_states, *csr)
+        ngrams = () if ngram_hidden_states is None else (ngram_hidden_states, edges)
         return residual_layer_norm(x, residual, weight, bias, eps, *ngrams, impl=impl)
 
     return add_norm
@@ -41,7 +40,7 @@ class ResidualLayerNorm(nn.LayerNorm):
     All of it happens in the forward of the module that owns the parameters: ZeRO-3 gathers them for that call alone.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, residual: Tensor, add_norm: AddNorm, ngram_hidden_states: Tensor | None = None
     ) -> Tensor:
         return add_norm(x, residual, self.weight, self.bias, self.eps, ngram_hidden_states)

@@ -1,28 +1,26 @@
-"""The DNAZEN models, registered with the Auto classes of transformers."""
+"""The DNAZEN models, which `import dnazen` registers with the Auto classes of transformers."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from dnazen.models.configuration_dnazen import SIZES, DNAZenConfig
-from dnazen.models.modeling_dnazen import (
-    DNAZenForMaskedLM,
-    DNAZenForSequenceClassification,
-    DNAZenForTokenClassification,
-    DNAZenModel,
-)
 
-AutoConfig.register("dnazen", DNAZenConfig, exist_ok=True)
-AutoModel.register(DNAZenConfig, DNAZenModel, exist_ok=True)
-AutoModelForMaskedLM.register(DNAZenConfig, DNAZenForMaskedLM, exist_ok=True)
-AutoModelForSequenceClassification.register(DNAZenConfig, DNAZenForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(DNAZenConfig, DNAZenForTokenClassification, exist_ok=True)
+if TYPE_CHECKING:
+    from dnazen.models.modeling_dnazen import (
+        DNAZenForMaskedLM,
+        DNAZenForSequenceClassification,
+        DNAZenForTokenClassification,
+        DNAZenModel,
+    )
 
 __all__ = [
     "SIZES", "DNAZenConfig", "DNAZenForMaskedLM", "DNAZenForSequenceClassification", "DNAZenForTokenClassification",
     "DNAZenModel",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """The model classes, on first use: transformers needs the configuration at a time when they cannot be imported."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("dnazen.models.modeling_dnazen"), name)

@@ -35,11 +35,11 @@ _TOLERATED_KEYS = {
 class DNAZenConfig(PreTrainedConfig):
     """Shape and constants of a DNAZEN model; the defaults are the base size.
 
-    `hidden_size`, `num_attention_heads` and `intermediate_size` hold for both encoders. The token encoder has `num_hidden_layers`
-    layers; the G-gram encoder has `num_hidden_ngram_layers`, whose outputs are added after the token encoder's first as many layers.
-    `neighbor_window` is how many tokens on either side enter a token's embedding (0, as published: none).
-    `max_ngram_count` is the cap of G-grams per sequence the model was trained with (None: no cap); `use_ngrams` is False if
-    it was trained without any, and then whatever prepares its input leaves them out.
+    `hidden_size`, `num_attention_heads` and `intermediate_size` hold for both encoders. The token encoder has
+    `num_hidden_layers` layers; the G-gram encoder has `num_hidden_ngram_layers`, whose outputs are added after the
+    token encoder's first as many layers. `neighbor_window` is how many tokens on either side enter a token's embedding
+    (0, as published: none). `max_ngram_count` is the cap of G-grams per sequence the model was trained with (None: no
+    cap); `use_ngrams` is False if it was trained without any, and then whatever prepares its input leaves them out.
     `impl` is not saved: "auto" runs packed, with Triton kernels on a GPU; "triton" demands them (on a CPU they need
     TRITON_INTERPRET=1); "reference" runs padded, with a dense matching matrix and eager attention.
 
@@ -96,8 +96,8 @@ class DNAZenConfig(PreTrainedConfig):
         heads, layers, cap = self.num_attention_heads, self.num_hidden_layers, self.max_ngram_count
         check(self.hidden_size % heads == 0, "hidden_size", f"a multiple of num_attention_heads {heads}")
         check(self.num_hidden_ngram_layers <= layers, "num_hidden_ngram_layers", f"at most num_hidden_layers {layers}")
-        is_cap = is_number("max_ngram_count", (int,)) and cap >= 1
-        check(cap is None or is_cap, "max_ngram_count", "None or an integer of at least 1")
+        is_cap = cap is None or (is_number("max_ngram_count", (int,)) and cap >= 1)
+        check(is_cap, "max_ngram_count", "None or an integer of at least 1")
         check(self.attention_probs_dropout_prob == 0, "attention_probs_dropout_prob", "0 (no attention dropout)")
         for name in ("hidden_dropout_prob", "classifier_dropout"):
             is_absent = name == "classifier_dropout" and self.classifier_dropout is None

@@ -46,8 +46,8 @@ def export_model(model_dir: str | PathLike, output_dir: str | PathLike) -> int:
         raise InputError(f"{model_dir}: architectures: expected {expected}, found {config.architectures}")
     if config.neighbor_window:
         raise InputError(
-            f"{model_dir}: neighbor_window: expected 0, for the published form has no neighbors in its embeddings, found "
-            f"{config.neighbor_window}"
+            f"{model_dir}: neighbor_window: expected 0, for the published form has no neighbors in its embeddings, "
+            f"found {config.neighbor_window}"
         )
     tokenizer = load_tokenizer(model_dir)
     vocabulary = NgramVocabulary.from_pretrained(model_dir, tokenizer)

@@ -57,7 +57,7 @@ class StrictLoading:
         transformers_logger = logging.getLogger("transformers.modeling_utils")
         transformers_logger.addFilter(_is_no_load_report)  # said below, in a line
         try:
-            model, info = super().from_pretrained(
+            model, info = super().from_pretrained(  # type: ignore[misc]
                 source, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
             )
         except Exception as error:

@@ -1,14 +1,19 @@
-"""DNAZEN: an encoder over BPE tokens (E4BU in the paper, here the token encoder), to which each of the first layers adds the states of the covering G-grams.
+"""DNAZEN: an encoder over BPE tokens (E4BU in the paper, here the token encoder), to which each of the first layers
+adds the states of the covering G-grams.
 
 The models take either form of input:
 
-- packed, the names and shapes of `dnazen.layers.padding.PackedBatch`: without the G-gram fields no sequence has any;
-- padded, as in Hugging Face: `input_ids [B, S]`, `attention_mask [B, S]` (default: all ones) and, all or none of them,
-  `ngram_input_ids [B, G]`, `ngram_attention_mask [B, G]`, `ngram_position_matrix [B, S, G]`. It is packed at the door,
-  once, and the encoders' output is padded back with zeros.
+- packed, as `PackedBatch` in `dnazen.layers.padding`, each tensor by its name;
+- padded, as in Hugging Face. It is packed at the door, once, and the encoders' output is padded back with zeros.
+
+`ModelInputs` lists the names of both. They come one by one, and not as `PackedBatch`, because that is what Trainer,
+DeepSpeed and peft can move, cast and hand on.
 """
 
+import functools
+import inspect
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +28,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.utils import ModelOutput, can_return_tuple
+from typing_extensions import TypedDict, Unpack
 
 from dnazen.files import InputError
 from dnazen.layers.attention import (
@@ -39,13 +45,68 @@ from dnazen.layers.fusion import packed_add_norm, padded_add_norm
 from dnazen.layers.padding import PackedBatch, PaddedLayout, batch_without_ngrams, dense_matching_matrix, pack_batch
 from dnazen.models.configuration_dnazen import DNAZenConfig
 from dnazen.models.loading import CLASSIFIER, MLM_HEAD, NGRAM_PART, POOLER, StrictLoading
+from dnazen.models.ngram_file import KeptNgrams
+from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_masking import IGNORE_INDEX
+
+
+class ModelInputs(TypedDict, total=False):
+    """What a model takes beside `input_ids`, in either form; B sequences, T tokens, N G-grams, E edges.
+
+    Packed, `input_ids` is `[T]` and the first two are needed; with G-grams the seven that follow, too. Padded,
+    `input_ids` is `[B, S]` and none is needed; with at most G G-grams of a sequence the three of them, and
+    `ngram_input_ids`.
+    """
+
+    cu_seqlens: Tensor | None  # [B + 1] int32
+    max_seqlen: int | None
+
+    ngram_input_ids: Tensor | None  # [N], or padded [B, G]
+    ngram_cu_seqlens: Tensor | None  # [B + 1] int32
+    max_ngrams: int | None
+    token_offsets: Tensor | None  # these four: `NgramEdges`
+    token_ngrams: Tensor | None
+    ngram_offsets: Tensor | None
+    ngram_tokens: Tensor | None
+
+    attention_mask: Tensor | None  # [B, S], 1 at tokens, 0 at padding; default: all ones
+    ngram_attention_mask: Tensor | None  # [B, G], likewise
+    ngram_position_matrix: Tensor | None  # [B, S, G], 1 where a G-gram covers a token
+
+    output_attentions: bool | None  # default: the configuration's
+    output_hidden_states: bool | None
+
 
 # The arguments of each form of input, without and with G-grams.
 _PACKED = {"input_ids", "cu_seqlens", "max_seqlen"}
 _PADDED = {"input_ids", "attention_mask"}
-_PACKED_NGRAMS = set(PackedBatch._fields) - _PACKED
+_PACKED_NGRAMS = {"ngram_input_ids", "ngram_cu_seqlens", "max_ngrams", *NgramEdges._fields}
 _PADDED_NGRAMS = {"ngram_input_ids", "ngram_attention_mask", "ngram_position_matrix"}
+
+
+def takes_model_inputs(forward: Callable) -> Callable:
+    """Let the signature of a `forward(..., **inputs: Unpack[ModelInputs])` say all names, and refuse any other.
+
+    Trainer reads there which columns of a data set the model takes, and drops the rest.
+    """
+    signature = inspect.signature(forward)
+    *named, _ = signature.parameters.values()
+    keywords = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in ModelInputs.__annotations__.items()
+    ]
+    _, *names = (parameter.name for parameter in (*named, *keywords))
+
+    @functools.wraps(forward)
+    def checked(self: nn.Module, *args: Any, **inputs: Any) -> Any:
+        if unknown := sorted(inputs.keys() - set(names)):
+            raise TypeError(
+                f"{type(self).__name__}: expected arguments of {', '.join(names)}, found {', '.join(unknown)}"
+            )
+        return forward(self, *args, **inputs)
+
+    checked.__signature__ = signature.replace(parameters=[*named, *keywords])  # type: ignore[attr-defined]
+    return checked
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int | None, ...]) -> None:
@@ -85,7 +146,10 @@ def prepare_batch(**inputs: Any) -> tuple[PackedBatch, PaddedLayout | None]:
         if name in inputs:
             _check_shape(name, inputs[name], shape)
     if is_packed:
-        return (PackedBatch if has_ngrams else batch_without_ngrams)(**inputs), None
+        if not has_ngrams:
+            return batch_without_ngrams(**inputs), None
+        edges = NgramEdges(*map(inputs.pop, NgramEdges._fields))
+        return PackedBatch(**inputs, edges=edges), None
     if not inputs["attention_mask"].any(dim=1).all():
         raise ValueError("attention_mask: expected a token in every sequence, found a sequence of padding only")
     return pack_batch(**inputs)
@@ -106,38 +170,43 @@ def _pooler(config: DNAZenConfig) -> nn.Sequential:
     return nn.Sequential(OrderedDict(dense=dense, activation=nn.Tanh()))
 
 
-class DNAZenPreTrainedModel(StrictLoading, PreTrainedModel):
-    """Weights (normal with `initializer_range`, zero biases) and saving as in Hugging Face's BERT; strict loading."""
+class DNAZenPreTrainedModel(StrictLoading, KeptNgrams, PreTrainedModel):
+    """Weights (normal with `initializer_range`, zero biases) as in Hugging Face's BERT; loading and saving are ours."""
 
     config_class = DNAZenConfig
     base_model_prefix = "bert"
     _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
 
-    def _check_and_adjust_attn_implementation(
+    def _check_and_adjust_attn_implementation(  # type: ignore[override]
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str | None:
-        """Hugging Face's hook for `attn_implementation`: here the names are ours, and None lets `select_attention` choose.
+        """Hugging Face's hook for `attn_implementation`: here the names are ours, and None lets `select_attention`
+        choose.
 
         Hugging Face's own would take "sdpa" for None, and ask the hub for a package that is not installed. What runs
         depends on device and type, which are not settled before the first forward.
 
         Raises:
-            InputError: the name is unknown.
+            InputError: the name is unknown, or contradicts `impl="reference"`, which has an attention of its own.
         """
         if attn_implementation in (None, "auto"):
             return None
         if attn_implementation not in BACKENDS:
             expected = ", ".join(["auto", *BACKENDS])
             raise InputError(f"attn_implementation: expected one of {expected}, found {attn_implementation!r}")
+        if self.config.impl == "reference" and attn_implementation != "eager":
+            raise InputError(
+                f"attn_implementation: expected 'eager' or none with impl 'reference', found {attn_implementation!r}"
+            )
         return attn_implementation
 
     def compile_layers(self, **options: Any) -> None:
-        """Compile what lies between attention and the G-gram operators, in place; `options` are `torch.compile`'s.
+        """Compile the feed-forward blocks and the ways out of attention, in place; `options` are `torch.compile`'s.
 
-        Attention is left out: its kernels are compiled already, and not every package's can be traced. Sizes are dynamic,
-        for no two batches have the same; only a batch with no G-gram, or one, compiles anew, once in training and once
-        in evaluation.
+        The attention itself is left out: its kernels are compiled already, and not every package's can be traced. Sizes
+        are dynamic, because they differ from batch to batch, so that one compilation serves all; PyTorch compiles once
+        more for batches of no G-gram, for those of one, and for evaluation.
         """
         for module in self.modules():
             if isinstance(module, (GatedMLP, ResidualOutput)):
@@ -148,14 +217,15 @@ class DNAZenPreTrainedModel(StrictLoading, PreTrainedModel):
         """The attention that both encoders run on such a device in such a type; see `select_attention` in the layers.
 
         Raises:
-            InputError: the one asked for cannot run.
+            InputError: the one asked for cannot run, or contradicts `impl="reference"`.
         """
         config = self.config
+        requested = self._check_and_adjust_attn_implementation(config._attn_implementation)
+        if config.impl == "reference":
+            return Selection("eager", {})
         head_dim = config.hidden_size // config.num_attention_heads
         try:
-            return select_attention(
-                config._attn_implementation, device, dtype, config.num_attention_heads, head_dim, training
-            )
+            return select_attention(requested, device, dtype, config.num_attention_heads, head_dim, training)
         except ValueError as error:
             raise InputError(str(error)) from error
 
@@ -181,15 +251,8 @@ class DNAZenModel(DNAZenPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(
-        self, input_ids: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
-        ngram_input_ids: Tensor | None = None, ngram_cu_seqlens: Tensor | None = None, max_ngrams: int | None = None,
-        token_offsets: Tensor | None = None, token_ngrams: Tensor | None = None,
-        ngram_offsets: Tensor | None = None, ngram_tokens: Tensor | None = None,
-        attention_mask: Tensor | None = None, ngram_attention_mask: Tensor | None = None,
-        ngram_position_matrix: Tensor | None = None, output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-    ) -> DNAZenOutput:  # fmt: skip
+    @takes_model_inputs
+    def forward(self, input_ids: Tensor, **inputs: Unpack[ModelInputs]) -> DNAZenOutput:
         """Run both encoders on packed or padded input (see the module's docstring).
 
         Returns:
@@ -202,15 +265,10 @@ class DNAZenModel(DNAZenPreTrainedModel):
             ValueError: the input contradicts itself (`prepare_batch`), or attention weights are asked for of an
                 implementation that has none.
         """
-        batch, layout = prepare_batch(
-            input_ids=input_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, ngram_input_ids=ngram_input_ids,
-            ngram_cu_seqlens=ngram_cu_seqlens, max_ngrams=max_ngrams, token_offsets=token_offsets,
-            token_ngrams=token_ngrams, ngram_offsets=ngram_offsets, ngram_tokens=ngram_tokens,
-            attention_mask=attention_mask, ngram_attention_mask=ngram_attention_mask,
-            ngram_position_matrix=ngram_position_matrix,
-        )  # fmt: skip
-        is_reference = self.config.impl == "reference"
-        implementation = "eager" if is_reference else self._attention_of_this_pass(batch.input_ids.device)
+        output_attentions = inputs.pop("output_attentions", None)
+        output_hidden_states = inputs.pop("output_hidden_states", None)
+        batch, layout = prepare_batch(input_ids=input_ids, **inputs)
+        implementation = self._attention_of_this_pass(batch.input_ids.device)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
@@ -220,21 +278,21 @@ class DNAZenModel(DNAZenPreTrainedModel):
                 f"output_attentions: expected attn_implementation='eager', which alone returns weights, "
                 f"found {implementation!r}"
             )
-        if is_reference:
-            all_hidden_states, *attentions = self._encode_padded(batch, output_hidden_states)
+        if self.config.impl == "reference":
+            found = self._encode_padded(batch, bool(output_hidden_states))
         else:
-            all_hidden_states, *attentions = self._encode_packed(batch, implementation, output_hidden_states)
+            found = self._encode_packed(batch, implementation, bool(output_hidden_states))
+        all_hidden_states, attentions, ngram_attentions = found
         first_tokens = all_hidden_states[-1].index_select(0, batch.cu_seqlens[:-1])
         pooler_output = None if self.pooler is None else self.pooler(first_tokens)
         if layout is not None:
             all_hidden_states = [layout.pad(states) for states in all_hidden_states]
-        attentions, ngram_attentions = map(tuple, attentions) if output_attentions else (None, None)
         return DNAZenOutput(
             last_hidden_state=all_hidden_states[-1],
             pooler_output=pooler_output,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=attentions,
-            ngram_attentions=ngram_attentions,
+            attentions=tuple(attentions) if output_attentions else None,
+            ngram_attentions=tuple(ngram_attentions) if output_attentions else None,
         )
 
     def _attention_of_this_pass(self, device: torch.device) -> str:
@@ -244,20 +302,18 @@ class DNAZenModel(DNAZenPreTrainedModel):
 
     def _encode_packed(
         self, batch: PackedBatch, attention: str, keep_all: bool
-    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         slopes = alibi_slopes(self.config.num_attention_heads, batch.input_ids.device)
         return self.encoder(
             self.embeddings(batch.input_ids, batch.cu_seqlens),
             self.ngram_embeddings(batch.ngram_input_ids, batch.ngram_cu_seqlens),
             packed_attention(attention, batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids), slopes),
             packed_attention(attention, batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids)),
-            packed_add_norm(batch, self.config.impl),
+            packed_add_norm(batch.edges, self.config.impl),
             keep_all,
         )
 
-    def _encode_padded(
-        self, batch: PackedBatch, keep_all: bool
-    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    def _encode_padded(self, batch: PackedBatch, keep_all: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The reference: padded states, dense bias, explicit attention, einsum over a dense matching matrix."""
         tokens = PaddedLayout.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, len(batch.input_ids))
         ngrams = PaddedLayout.from_cu_seqlens(batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids))
@@ -267,41 +323,46 @@ class DNAZenModel(DNAZenPreTrainedModel):
             ngrams.pad(self.ngram_embeddings(batch.ngram_input_ids, batch.ngram_cu_seqlens)),
             padded_attention(batch.cu_seqlens, batch.max_seqlen, slopes),
             padded_attention(batch.ngram_cu_seqlens, batch.max_ngrams),
-            padded_add_norm(dense_matching_matrix(batch, tokens, ngrams)),
+            padded_add_norm(dense_matching_matrix(batch.edges, tokens, ngrams)),
             keep_all,
         )
         return [tokens.unpad(states) for states in all_hidden_states], attentions, ngram_attentions
 
 
 class DNAZenWithHead(DNAZenPreTrainedModel):
-    """What the models with a head share: the encoders, then `head`, which gives loss (or None) and logits."""
+    """What the models with a head share: the encoders, then `head`."""
+
+    bert: DNAZenModel
+    output_class: type[ModelOutput]
+
+    def head(
+        self,
+        outputs: DNAZenOutput,
+        labels: Tensor | None,
+        masked_positions: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """The loss, or None without labels, and the logits."""
+        raise NotImplementedError
 
     def add_classifier(self, config: DNAZenConfig) -> None:
         """Drop-out, and a linear layer to `num_labels`."""
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
 
     @can_return_tuple
+    @takes_model_inputs
     def forward(
-        self, input_ids: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
-        ngram_input_ids: Tensor | None = None, ngram_cu_seqlens: Tensor | None = None, max_ngrams: int | None = None,
-        token_offsets: Tensor | None = None, token_ngrams: Tensor | None = None,
-        ngram_offsets: Tensor | None = None, ngram_tokens: Tensor | None = None,
-        attention_mask: Tensor | None = None, ngram_attention_mask: Tensor | None = None,
-        ngram_position_matrix: Tensor | None = None, labels: Tensor | None = None,
-        masked_positions: Tensor | None = None, num_items_in_batch: Tensor | int | None = None,
-        output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-    ) -> ModelOutput:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        masked_positions: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **inputs: Unpack[ModelInputs],
+    ) -> ModelOutput:
         """Run encoders and head on packed or padded input (see the module's docstring and the class's)."""
-        outputs = self.bert(
-            input_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, ngram_input_ids=ngram_input_ids,
-            ngram_cu_seqlens=ngram_cu_seqlens, max_ngrams=max_ngrams, token_offsets=token_offsets,
-            token_ngrams=token_ngrams, ngram_offsets=ngram_offsets, ngram_tokens=ngram_tokens,
-            attention_mask=attention_mask, ngram_attention_mask=ngram_attention_mask,
-            ngram_position_matrix=ngram_position_matrix, output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states, return_dict=True,
-        )  # fmt: skip
+        outputs = self.bert(input_ids, **inputs, return_dict=True)
         loss, logits = self.head(outputs, labels, masked_positions, num_items_in_batch)
         return self.output_class(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -330,7 +391,7 @@ class DNAZenForMaskedLM(DNAZenWithHead):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
-        return self.cls["predictions"].decoder
+        return self.get_submodule("cls.predictions.decoder")  # type: ignore[return-value]
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.cls["predictions"].decoder = value

@@ -118,7 +118,7 @@ def measure_density(vocabulary: NgramVocabulary, corpus: Corpus, max_sequences: 
     cu_seqlens = np.cumsum([0, *map(len, sequences)]).astype(np.int32)
     tokens = torch.from_numpy(np.concatenate(sequences))
     matches = ngram_matching(tokens, torch.from_numpy(cu_seqlens), vocabulary.table(len(corpus.tokenizer)))
-    covered = int(matches.token_offsets.diff().count_nonzero())
+    covered = int(matches.edges.token_offsets.diff().count_nonzero())
     return round(len(matches.ngram_input_ids) / len(sequences), 2), round(covered / int(cu_seqlens[-1]), 4)
 
 

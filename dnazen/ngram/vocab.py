@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -101,19 +102,22 @@ class NgramVocabulary:
             logger.warning("%s: id 0 is padding here, so every id of this older file is raised by one", path)
         return cls(ngrams, [ngram_id + shift for ngram_id in owners], max_ngrams)
 
-    def save_pretrained(self, directory: str | PathLike, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write `ngram.json` in the published form."""
+    def to_dict(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """The content of `ngram.json` in the published form."""
         lengths = [len(ngram) for ngram in self.ngrams]
         ordered = sorted(zip(self.ids, self.ngrams, strict=True))
-        content = {
+        return {
             "min_ngram_len": min(lengths),
             "max_ngram_len": max(lengths),
             "max_ngram_count": self.max_ngrams,
             "pad_ngram_id": PAD_NGRAM_ID,
             "vocab": {" ".join(tokenizer.convert_ids_to_tokens(ngram)): ngram_id for ngram_id, ngram in ordered},
         }
+
+    def save_pretrained(self, directory: str | PathLike, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write `ngram.json` in the published form."""
         Path(directory).mkdir(parents=True, exist_ok=True)
-        write_json(Path(directory) / NGRAM_FILE, content)
+        write_json(Path(directory) / NGRAM_FILE, self.to_dict(tokenizer))
 
 
 def load_ngrams(path: str | PathLike, corpus: Corpus) -> NgramVocabulary:

@@ -68,7 +68,7 @@ class PretrainingTrainer(Trainer):
     Args:
         args: copied; in the copy `max_steps`, if not set, is computed from `num_train_epochs`.
         train_dataset, eval_dataset: packed splits; the evaluation's masking never changes.
-        vocabulary: saved beside the weights.
+        vocabulary: saved with the model.
         max_batch_tokens: token budget of a micro-batch.
         run_fingerprint: what a run and the checkpoint it resumes from must have in common; JSON values.
         residual_learning_rate: of the ways out of the sub-layers, as a share of `args.learning_rate`.
@@ -117,6 +117,7 @@ class PretrainingTrainer(Trainer):
         self.add_callback(FinishWhole())
         self.add_callback(NormAtOnce())
         self.meter = Meter(args.device, args.world_size, resumed["totals"], resumed["train_seconds"])
+        self.model.ngram_json = vocabulary.to_dict(self.processing_class)  # saved beside the weights
         sequences, _ = choose_sequences(eval_dataset.split)
         self.eval_micro_batches = evaluation_batches(eval_dataset.split, sequences, max_batch_tokens, num_maskings=1)
         self._token_bases = torch.from_numpy(Spelling(self.processing_class).lengths).to(args.device)
@@ -304,7 +305,6 @@ class PretrainingTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self.vocabulary.save_pretrained(output_dir, self.processing_class)
             # a pickle that nothing here reads; run.json holds the arguments
             (Path(output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 

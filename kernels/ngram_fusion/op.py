@@ -1,12 +1,13 @@
 """The fusion on packed input: its contract, and its Triton kernels as operators of torch.
 
-Each operator sums the rows of a CSR view; the backward is the same sum over the other view of the same edges.
+Each operator sums the rows of one view of `NgramEdges`; the backward is the same sum over the other view.
 """
 
 import torch
 from torch import Tensor
 
 from dnazen_kernels._runtime import resolve_impl
+from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_fusion.reference import (
     accumulation_dtype,
     ngram_fusion_index_add,
@@ -17,10 +18,7 @@ from dnazen_kernels.ngram_fusion.reference import (
 def ngram_fusion(
     hidden_states: Tensor,
     ngram_hidden_states: Tensor,
-    token_offsets: Tensor,
-    token_ngrams: Tensor,
-    ngram_offsets: Tensor,
-    ngram_tokens: Tensor,
+    edges: NgramEdges,
     *,
     impl: str = "auto",
 ) -> Tensor:
@@ -32,10 +30,7 @@ def ngram_fusion(
     Args:
         hidden_states: token states `[T, H]`, floating point.
         ngram_hidden_states: G-gram states `[N, H]`, floating point; N may be 0.
-        token_offsets, token_ngrams: `[T + 1]` and `[E]`, int32 or int64: which G-grams cover token t.
-        ngram_offsets, ngram_tokens: `[N + 1]` and `[E]`, of the same type: which tokens G-gram j covers. Both views
-            must describe the same edges; that is not checked, for it would cost a device synchronisation. Entries
-            behind the last offset are ignored.
+        edges: which G-grams cover which token.
         impl: "triton", "reference" (`index_add`), or "auto": Triton on a GPU, else the reference.
 
     Returns:
@@ -46,13 +41,12 @@ def ngram_fusion(
         ValueError: shapes that do not fit together; an unknown `impl`.
         RuntimeError: `impl="triton"` cannot run here.
     """
-    csr = (token_offsets, token_ngrams, ngram_offsets, ngram_tokens)
     if not torch.compiler.is_compiling():
         _check_states("hidden_states", hidden_states, "rows", hidden_states.shape[-1])
-        _check_ngrams(hidden_states, ngram_hidden_states, *csr)
+        _check_ngrams(hidden_states, ngram_hidden_states, edges)
     if resolve_impl(impl, hidden_states.device) == "reference":
-        return ngram_fusion_index_add(hidden_states, ngram_hidden_states, token_offsets, token_ngrams)
-    return _ngram_fusion(hidden_states, ngram_hidden_states, *csr)
+        return ngram_fusion_index_add(hidden_states, ngram_hidden_states, edges)
+    return _ngram_fusion(hidden_states, ngram_hidden_states, *edges)
 
 
 def residual_layer_norm(
@@ -62,25 +56,21 @@ def residual_layer_norm(
     bias: Tensor,
     eps: float,
     ngram_hidden_states: Tensor | None = None,
-    token_offsets: Tensor | None = None,
-    token_ngrams: Tensor | None = None,
-    ngram_offsets: Tensor | None = None,
-    ngram_tokens: Tensor | None = None,
+    edges: NgramEdges | None = None,
     *,
     impl: str = "auto",
 ) -> Tensor:
     """`LayerNorm(x + residual) * weight + bias`, and on top of it, if there are G-grams, their fusion, in one pass.
 
-    Statistics and sums are in fp32 (fp64 if `x` or `residual` is fp64); the reference rounds `x + residual`, `weight` and
-    `bias` to the output's dtype first, as PyTorch does. With Triton the backward keeps `x`, `residual` and two numbers per
-    row, and its sums over rows are in a fixed order, the same bits on every run on the same device.
+    Statistics and sums are in fp32 (fp64 if `x` or `residual` is fp64); the reference rounds `x + residual`, `weight`
+    and `bias` to the output's dtype first, as PyTorch does. With Triton the backward keeps `x`, `residual` and two
+    numbers per row, and its sums over rows are in a fixed order, the same bits on every run on the same device.
 
     Args:
         x, residual: `[T, H]`, floating point.
         weight, bias: `[H]`, floating point of any dtype.
         eps: added to the variance, in fp32.
-        ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens: as in `ngram_fusion`; all or
-            none.
+        ngram_hidden_states, edges: as in `ngram_fusion`; both or neither.
         impl: as in `ngram_fusion`; the reference is `F.layer_norm`, then `index_add`.
 
     Returns:
@@ -89,20 +79,22 @@ def residual_layer_norm(
     Raises:
         TypeError, ValueError, RuntimeError: as `ngram_fusion`.
     """
-    ngrams = (ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens)
     if not torch.compiler.is_compiling():
         _check_states("weight", weight, "H")
         _check_states("bias", bias, len(weight))
         _check_states("x", x, "rows", len(weight))
         _check_states("residual", residual, len(x), len(weight))
-        if any(tensor is None for tensor in ngrams) != all(tensor is None for tensor in ngrams):
-            raise ValueError("ngram_hidden_states and the four CSR tensors must be given all or none, got some of them")
-        if ngram_hidden_states is not None:
-            _check_ngrams(x, *ngrams)
+        if (ngram_hidden_states is None) != (edges is None):
+            raise ValueError("ngram_hidden_states and edges must be given both or neither, got one of them")
+        if ngram_hidden_states is not None and edges is not None:
+            _check_ngrams(x, ngram_hidden_states, edges)
     if resolve_impl(impl, x.device) == "reference":
         hidden_states = residual_layer_norm_eager(x, residual, weight, bias, eps)
-        return hidden_states if ngram_hidden_states is None else ngram_fusion_index_add(hidden_states, *ngrams[:3])
-    return _residual_layer_norm(x, residual, weight, bias, eps, *ngrams)[0]
+        if ngram_hidden_states is None or edges is None:
+            return hidden_states
+        return ngram_fusion_index_add(hidden_states, ngram_hidden_states, edges)
+    unpacked = [None] * 4 if edges is None else edges
+    return _residual_layer_norm(x, residual, weight, bias, eps, ngram_hidden_states, *unpacked)[0]
 
 
 @torch.library.custom_op("dnazen::ngram_fusion", mutates_args=())
@@ -123,20 +115,22 @@ def _(hidden_states, ngram_hidden_states, token_offsets, *_):
 
 
 def _ngram_fusion_context(ctx, inputs, output):
-    _, ngram_hidden_states, *csr = inputs
-    ctx.save_for_backward(*csr)
+    _, ngram_hidden_states, *edges = inputs
+    ctx.save_for_backward(*edges)
     ctx.ngram_dtype = ngram_hidden_states.dtype
 
 
 def _ngram_fusion_backward(ctx, grad):
-    grad_ngrams = _grad_of_ngrams(grad, ctx.ngram_dtype, *ctx.saved_tensors) if ctx.needs_input_grad[1] else None
+    grad_ngrams = (
+        _grad_of_ngrams(grad, ctx.ngram_dtype, NgramEdges(*ctx.saved_tensors)) if ctx.needs_input_grad[1] else None
+    )
     return grad if ctx.needs_input_grad[0] else None, grad_ngrams, None, None, None, None
 
 
-def _grad_of_ngrams(grad, dtype, token_offsets, token_ngrams, ngram_offsets, ngram_tokens):
+def _grad_of_ngrams(grad: Tensor, dtype: torch.dtype, edges: NgramEdges) -> Tensor:
     """The gradients of the tokens that each G-gram covers, summed: the fusion with its two views swapped."""
     grad = grad.to(torch.promote_types(grad.dtype, dtype))
-    return _ngram_fusion(None, grad, ngram_offsets, ngram_tokens, token_offsets, token_ngrams).to(dtype)
+    return _ngram_fusion(None, grad, *edges.swapped()).to(dtype)
 
 
 _ngram_fusion.register_autograd(_ngram_fusion_backward, setup_context=_ngram_fusion_context)
@@ -163,11 +157,11 @@ def _(x, residual, *_):
 
 
 def _residual_layer_norm_context(ctx, inputs, output):
-    x, residual, weight, bias, _, ngram_hidden_states, *csr = inputs
+    x, residual, weight, bias, _, ngram_hidden_states, *edges = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, residual, weight, mean, rstd, *csr)
+    ctx.save_for_backward(x, residual, weight, mean, rstd, *edges)
     ctx.bias_dtype = bias.dtype
     ctx.ngram_dtype = None if ngram_hidden_states is None else ngram_hidden_states.dtype
 
@@ -175,9 +169,9 @@ def _residual_layer_norm_context(ctx, inputs, output):
 def _residual_layer_norm_backward(ctx, grad, _grad_mean, _grad_rstd):
     if grad is None:
         return (None,) * 10
-    x, residual, weight, mean, rstd, *csr = ctx.saved_tensors
+    x, residual, weight, mean, rstd, *edges = ctx.saved_tensors
     grad_sum, parameter_grads = _residual_layer_norm_backward_op(grad, x, residual, weight, mean, rstd)
-    grad_ngrams = _grad_of_ngrams(grad, ctx.ngram_dtype, *csr) if ctx.needs_input_grad[5] else None
+    grad_ngrams = _grad_of_ngrams(grad, ctx.ngram_dtype, NgramEdges(*edges)) if ctx.needs_input_grad[5] else None
     return (
         grad_sum.to(x.dtype), grad_sum.to(residual.dtype), parameter_grads[0].to(weight.dtype),
         parameter_grads[1].to(ctx.bias_dtype), None, grad_ngrams, None, None, None, None,
@@ -210,17 +204,6 @@ def _check_states(name: str, tensor: Tensor, *shape: int | str) -> None:
         raise ValueError(f"{name} must have shape [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
 
 
-def _check_ngrams(hidden_states, ngram_hidden_states, token_offsets, token_ngrams, ngram_offsets, ngram_tokens) -> None:
+def _check_ngrams(hidden_states: Tensor, ngram_hidden_states: Tensor, edges: NgramEdges) -> None:
     _check_states("ngram_hidden_states", ngram_hidden_states, "rows", hidden_states.shape[1])
-    for name, tensor, size in (
-        ("token_offsets", token_offsets, len(hidden_states) + 1),
-        ("token_ngrams", token_ngrams, token_ngrams.numel()),
-        ("ngram_offsets", ngram_offsets, len(ngram_hidden_states) + 1),
-        ("ngram_tokens", ngram_tokens, token_ngrams.numel()),
-    ):
-        if tensor.dtype not in (torch.int32, torch.int64) or tensor.dtype != token_offsets.dtype:
-            raise TypeError(f"{name} must be int32 or int64 like the other CSR tensors, got {tensor.dtype}")
-        if tensor.shape != (size,):
-            raise ValueError(f"{name} must have shape [{size}], got {list(tensor.shape)}")
-        if tensor.device != hidden_states.device:
-            raise ValueError(f"{name} must be on {hidden_states.device} like the states, got {tensor.device}")
+    edges.check(len(hidden_states), len(ngram_hidden_states), hidden_states.device)

@@ -5,6 +5,8 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
+from dnazen_kernels.ngram_edges import NgramEdges
+
 
 def ngram_fusion_dense(
     hidden_states: torch.Tensor, ngram_hidden_states: torch.Tensor, ngram_position_matrix: torch.Tensor
@@ -23,21 +25,18 @@ def ngram_fusion_dense(
 
 
 def ngram_fusion_index_add(
-    hidden_states: torch.Tensor,
-    ngram_hidden_states: torch.Tensor,
-    token_offsets: torch.Tensor,
-    token_ngrams: torch.Tensor,
+    hidden_states: torch.Tensor, ngram_hidden_states: torch.Tensor, edges: NgramEdges
 ) -> torch.Tensor:
     """The same sum on packed input, one edge at a time: `out[t] += ngram_hidden_states[j]` for every edge (t, j).
 
-    Token t of `hidden_states` `[T, H]` is covered by the G-grams `token_ngrams[token_offsets[t]:token_offsets[t + 1]]`,
-    rows of `ngram_hidden_states` `[N, H]`; entries from `token_offsets[T]` on belong to no token.
+    `hidden_states` is `[T, H]`, `ngram_hidden_states` `[N, H]`.
     """
+    token_offsets, token_ngrams = edges.token_offsets, edges.token_ngrams
     dtype = accumulation_dtype(hidden_states, ngram_hidden_states)
     token_ngrams = token_ngrams if len(ngram_hidden_states) else token_ngrams[:0]  # they name no row
-    edges = torch.arange(token_ngrams.shape[0], dtype=token_offsets.dtype, device=token_offsets.device)
-    edge_tokens = torch.searchsorted(token_offsets, edges, right=True) - 1
-    is_used = edges < token_offsets[-1]
+    numbers = torch.arange(token_ngrams.shape[0], dtype=token_offsets.dtype, device=token_offsets.device)
+    edge_tokens = torch.searchsorted(token_offsets, numbers, right=True) - 1
+    is_used = numbers < token_offsets[-1]
     edge_states = ngram_hidden_states.to(dtype).index_select(0, token_ngrams)
     edge_states = torch.where(is_used[:, None], edge_states, 0)
     edge_tokens = edge_tokens.clamp(max=hidden_states.shape[0] - 1)

@@ -1,7 +1,7 @@
 """Triton kernels of the fusion: a row is summed up by one program in a fixed order, so no atomics and the same bits.
 
-`H` is a compile-time constant: where it is a multiple of 256 per warp the masks fold away, and where it is one of 8 rows
-are known to be aligned, so that loads take 16 bytes.
+`H` is a compile-time constant: where it is a multiple of 256 per warp the masks fold away, and where it is one of 8
+rows are known to be aligned, so that loads take 16 bytes.
 Offsets of rows are int64; sums are in `ACC`, fp32, or fp64 for fp64 tensors.
 """
 

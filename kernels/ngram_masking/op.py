@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from dnazen_kernels._runtime import resolve_impl
+from dnazen_kernels._runtime import INTEGERS, check_tensor, resolve_impl
+from dnazen_kernels.ngram_edges import NgramEdges
 
 IGNORE_INDEX = -100
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the masked tokens, in the paper; the rest stay as they are
@@ -13,28 +14,21 @@ MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the masked tokens, in the paper; the r
 class MaskedBatch(NamedTuple):
     """A masked batch, in tensors as large as the input's: T tokens, B sequences, N G-grams, E edges.
 
-    The G-grams are those that survive, in their old order. Behind them come G-grams of id 0 that belong to no sequence
-    and have no edges (their offsets are the number of edges), and behind the edges zeros.
+    The G-grams are those that survive, in their old order. Behind them is padding, as behind those of `NgramMatches`.
     """
 
     input_ids: torch.Tensor  # [T]
     labels: torch.Tensor  # [T] original id where masked, -100 elsewhere
     ngram_input_ids: torch.Tensor  # [N]
     ngram_cu_seqlens: torch.Tensor  # [B + 1]
-    token_offsets: torch.Tensor  # [T + 1]
-    token_ngrams: torch.Tensor  # [E]
-    ngram_offsets: torch.Tensor  # [N + 1]
-    ngram_tokens: torch.Tensor  # [E]
+    edges: NgramEdges
     counts: torch.Tensor  # [2] int32: survivors, edges of theirs
 
     def trimmed(self) -> "MaskedBatch":
         """The same without what is behind the survivors. Reads `counts` on the host, so it waits for the device."""
         num_ngrams, num_edges = self.counts.tolist()
         return self._replace(
-            ngram_input_ids=self.ngram_input_ids[:num_ngrams],
-            token_ngrams=self.token_ngrams[:num_edges],
-            ngram_offsets=self.ngram_offsets[: num_ngrams + 1],
-            ngram_tokens=self.ngram_tokens[:num_edges],
+            ngram_input_ids=self.ngram_input_ids[:num_ngrams], edges=self.edges.trimmed(num_ngrams, num_edges)
         )
 
 
@@ -44,10 +38,7 @@ def ngram_masking(
     random: torch.Tensor,
     ngram_input_ids: torch.Tensor,
     ngram_cu_seqlens: torch.Tensor,
-    token_offsets: torch.Tensor,
-    token_ngrams: torch.Tensor,
-    ngram_offsets: torch.Tensor,
-    ngram_tokens: torch.Tensor,
+    edges: NgramEdges,
     *,
     mlm_probability: float,
     mask_token_id: int,
@@ -67,9 +58,9 @@ def ngram_masking(
 
     All implementations return the same integers. The shapes follow from those of the inputs alone, so "triton" never
     waits for the device and a captured or compiled step can hold it. It launches 6 kernels and 2 scans (4, 2 and a copy
-    unless `whole_ngram`), and around them 11 elementwise operations that a compiler can fuse. A trainer on a GPU
-    hands over token ids and random numbers, matches with a fixed capacity, masks, and trims what is behind the survivors
-    (`trimmed`) once their number is known on the host: the model takes no G-gram that is in no sequence.
+    unless `whole_ngram`), and around them 11 elementwise operations that a compiler can fuse. The model takes no
+    G-gram that is in no sequence, so what is behind the survivors must be trimmed; `dnazen.batches.device` does that
+    once their number has reached the host, a step later.
 
     Args:
         input_ids: `[T]` integers.
@@ -77,9 +68,7 @@ def ngram_masking(
         random: `[T, 3]` float64, uniform in [0, 1).
         ngram_input_ids, ngram_cu_seqlens: `[N]` and `[B + 1]`, the batch's G-grams, sequence by sequence; what is
             behind `ngram_cu_seqlens[-1]` is padding.
-        token_offsets, token_ngrams, ngram_offsets, ngram_tokens: both CSR views of the (token, G-gram) edges,
-            `[T + 1]`, `[E]`, `[N + 1]`, `[E]`, int32 or int64; what is behind `token_offsets[-1]` is padding. Their
-            values are not checked, for that would cost a device synchronisation.
+        edges: which G-grams cover which token.
         mlm_probability: chance of a maskable token to be drawn; more are masked, because G-grams are masked whole.
         maskable_ids: `[V']`, the ids a random replacement is taken from, of the type of `input_ids`.
         whole_ngram: False masks the drawn tokens alone (Table 3); G-grams are removed all the same.
@@ -92,21 +81,24 @@ def ngram_masking(
             share outside [0, 1], shares of more than 1 in all, an unknown `impl`.
         RuntimeError: `impl="triton"` cannot run here.
     """
-    graph = ngram_input_ids, ngram_cu_seqlens, token_offsets, token_ngrams, ngram_offsets, ngram_tokens
     if not torch.compiler.is_compiling():
-        _check(input_ids, maskable, random, *graph, maskable_ids, mlm_probability)
+        _check(input_ids, maskable, random, ngram_input_ids, ngram_cu_seqlens, edges, maskable_ids, mlm_probability)
         if not 0 <= mask_share <= mask_share + random_share <= 1:
             raise ValueError(
-                f"mask_share and random_share must be at least 0 and at most 1 in all, got {mask_share} and {random_share}"
+                "mask_share and random_share must be at least 0 and at most 1 in all, "
+                f"got {mask_share} and {random_share}"
             )
     drawn = maskable & (random[:, 0] < mlm_probability)
     impl = resolve_impl(impl, input_ids.device)
-    masked, *survivors = torch.ops.dnazen.ngram_masking(drawn, *graph, whole_ngram, impl)
+    masked, new_ids, new_cu_seqlens, *new_edges, counts = torch.ops.dnazen.ngram_masking(
+        drawn, ngram_input_ids, ngram_cu_seqlens, *edges, whole_ngram, impl
+    )
     replacement = maskable_ids[(random[:, 2] * maskable_ids.shape[0]).long()]
     replacement = torch.where(random[:, 1] < mask_share, mask_token_id, replacement)
     replaced = masked & (random[:, 1] < mask_share + random_share)
     masked_ids = torch.where(replaced, replacement, input_ids)
-    return MaskedBatch(masked_ids, torch.where(masked, input_ids, IGNORE_INDEX), *survivors)
+    labels = torch.where(masked, input_ids, IGNORE_INDEX)
+    return MaskedBatch(masked_ids, labels, new_ids, new_cu_seqlens, NgramEdges(*new_edges), counts)
 
 
 @torch.library.custom_op("dnazen::ngram_masking", mutates_args=())
@@ -125,41 +117,38 @@ def _ngram_masking(
         from dnazen_kernels.ngram_masking.triton_impl import mask_ngrams
     else:
         from dnazen_kernels.ngram_masking.reference import mask_ngrams
-    graph = ngram_input_ids, ngram_cu_seqlens, token_offsets, token_ngrams, ngram_offsets, ngram_tokens
+    edges = NgramEdges(token_offsets, token_ngrams, ngram_offsets, ngram_tokens)
     with torch.cuda.device_of(drawn):
-        return mask_ngrams(drawn, *graph, whole_ngram)
+        return mask_ngrams(drawn, ngram_input_ids, ngram_cu_seqlens, edges, whole_ngram)
 
 
 @_ngram_masking.register_fake
-def _(drawn, *graph_whole_ngram_impl):
-    *graph, _, _ = graph_whole_ngram_impl
-    return [*map(torch.empty_like, (drawn, *graph)), drawn.new_empty(2, dtype=torch.int32)]
+def _(drawn, *ngrams_whole_ngram_impl):
+    *ngrams, _, _ = ngrams_whole_ngram_impl
+    return [*map(torch.empty_like, (drawn, *ngrams)), drawn.new_empty(2, dtype=torch.int32)]
 
 
 def _check(
-    input_ids, maskable, random, ngram_input_ids, ngram_cu_seqlens, token_offsets, token_ngrams, ngram_offsets,
-    ngram_tokens, maskable_ids, mlm_probability,
-) -> None:  # fmt: skip
-    num_tokens, num_ngrams, num_edges = input_ids.numel(), ngram_input_ids.numel(), token_ngrams.numel()
-    indices = (torch.int32, torch.int64)
+    input_ids: torch.Tensor,
+    maskable: torch.Tensor,
+    random: torch.Tensor,
+    ngram_input_ids: torch.Tensor,
+    ngram_cu_seqlens: torch.Tensor,
+    edges: NgramEdges,
+    maskable_ids: torch.Tensor,
+    mlm_probability: float,
+) -> None:
+    num_tokens, num_ngrams, num_edges = input_ids.numel(), ngram_input_ids.numel(), edges.token_ngrams.numel()
     for name, tensor, shape, dtypes in (
-        ("input_ids", input_ids, (num_tokens,), indices),
+        ("input_ids", input_ids, (num_tokens,), INTEGERS),
         ("maskable", maskable, (num_tokens,), (torch.bool,)),
         ("random", random, (num_tokens, 3), (torch.float64,)),
-        ("ngram_input_ids", ngram_input_ids, (num_ngrams,), indices),
-        ("ngram_cu_seqlens", ngram_cu_seqlens, (max(1, ngram_cu_seqlens.numel()),), indices),
-        ("token_offsets", token_offsets, (num_tokens + 1,), indices),
-        ("token_ngrams", token_ngrams, (num_edges,), (token_offsets.dtype,)),
-        ("ngram_offsets", ngram_offsets, (num_ngrams + 1,), (token_offsets.dtype,)),
-        ("ngram_tokens", ngram_tokens, (num_edges,), (token_offsets.dtype,)),
+        ("ngram_input_ids", ngram_input_ids, (num_ngrams,), INTEGERS),
+        ("ngram_cu_seqlens", ngram_cu_seqlens, (max(1, ngram_cu_seqlens.numel()),), INTEGERS),
         ("maskable_ids", maskable_ids, (max(1, maskable_ids.numel()),), (input_ids.dtype,)),
     ):
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-        if tensor.device != input_ids.device:
-            raise ValueError(f"{name} must be on {input_ids.device} like input_ids, got {tensor.device}")
+        check_tensor(name, tensor, shape, dtypes, input_ids.device)
+    edges.check(num_tokens, num_ngrams, input_ids.device)
     if num_edges >= 2**31:
         raise ValueError(f"token_ngrams must hold fewer than 2^31 edges, got {num_edges}")
     if not 0 <= mlm_probability <= 1:

@@ -3,22 +3,21 @@
 import torch
 import torch.nn.functional as F
 
+from dnazen_kernels.ngram_edges import NgramEdges
+
 
 def mask_ngrams(
     drawn: torch.Tensor,
     ngram_input_ids: torch.Tensor,
     ngram_cu_seqlens: torch.Tensor,
-    token_offsets: torch.Tensor,
-    token_ngrams: torch.Tensor,
-    ngram_offsets: torch.Tensor,
-    ngram_tokens: torch.Tensor,
+    edges: NgramEdges,
     whole_ngram: bool,
 ) -> list[torch.Tensor]:
     """From drawn tokens `[T]` to masked tokens `[T]`, the survivors (the other inputs, compacted) and `counts [2]`."""
-    capacities = len(ngram_input_ids), len(token_ngrams)
-    num_ngrams, num_edges = int(ngram_cu_seqlens[-1]), int(token_offsets[-1])
-    ngram_input_ids, ngram_offsets = ngram_input_ids[:num_ngrams], ngram_offsets[: num_ngrams + 1]
-    token_ngrams, ngram_tokens = token_ngrams[:num_edges], ngram_tokens[:num_edges]
+    capacities = len(ngram_input_ids), len(edges.token_ngrams)
+    num_ngrams, num_edges = int(ngram_cu_seqlens[-1]), int(edges.token_offsets[-1])
+    ngram_input_ids = ngram_input_ids[:num_ngrams]
+    token_offsets, token_ngrams, ngram_offsets, ngram_tokens = edges.trimmed(num_ngrams, num_edges)
 
     masked, ngram_sizes = drawn.clone(), ngram_offsets.diff()
     if whole_ngram:

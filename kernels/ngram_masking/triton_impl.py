@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dnazen_kernels.ngram_edges import NgramEdges
+
 BLOCK = 256  # rows per program
 HALF = tl.constexpr(32)  # bits
 LOWER_HALF = tl.constexpr((1 << 32) - 1)
@@ -42,8 +44,8 @@ def _any_kernel(own_ptr, flags_ptr, offsets_ptr, indices_ptr, out_ptr, num_rows,
 
 @triton.jit(do_not_specialize=["num_ngrams", "num_sequences"])
 def _survivors_kernel(
-    masked_ptr, ngram_offsets_ptr, ngram_tokens_ptr, ngram_cu_seqlens_ptr, kept_ptr, scan_ptr, num_ngrams, num_sequences,
-    BLOCK: tl.constexpr,
+    masked_ptr, ngram_offsets_ptr, ngram_tokens_ptr, ngram_cu_seqlens_ptr, kept_ptr, scan_ptr, num_ngrams,
+    num_sequences, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """kept[j]: G-gram j is none of the padding behind the last sequence and has no masked token; scan[j + 1]: its
     contribution to the two sums, scan[0]: zero.
@@ -121,18 +123,15 @@ def mask_ngrams(
     drawn: torch.Tensor,
     ngram_input_ids: torch.Tensor,
     ngram_cu_seqlens: torch.Tensor,
-    token_offsets: torch.Tensor,
-    token_ngrams: torch.Tensor,
-    ngram_offsets: torch.Tensor,
-    ngram_tokens: torch.Tensor,
+    edges: NgramEdges,
     whole_ngram: bool,
 ) -> list[torch.Tensor]:
     """The same as in `reference.py`, on the device, without a host synchronisation."""
-    num_tokens, num_ngrams, num_edges = len(drawn), len(ngram_input_ids), len(token_ngrams)
+    num_tokens, num_ngrams, num_edges = len(drawn), len(ngram_input_ids), len(edges.token_ngrams)
     num_sequences = len(ngram_cu_seqlens) - 1
     ids, cu_seqlens = ngram_input_ids.contiguous(), ngram_cu_seqlens.contiguous()
-    by_token = token_offsets.contiguous(), token_ngrams.contiguous()
-    by_ngram = ngram_offsets.contiguous(), ngram_tokens.contiguous()
+    by_token = edges.token_offsets.contiguous(), edges.token_ngrams.contiguous()
+    by_ngram = edges.ngram_offsets.contiguous(), edges.ngram_tokens.contiguous()
     drawn = drawn.contiguous().view(torch.int8)
 
     def grid(num_rows: int) -> tuple[int]:

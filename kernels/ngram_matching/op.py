@@ -5,22 +5,25 @@ from typing import NamedTuple, Optional
 import torch
 
 from dnazen_kernels._runtime import resolve_impl
+from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_matching.table import NgramTable
 
 
 class NgramMatches(NamedTuple):
     """The G-grams of a packed batch of T tokens and B sequences: N G-grams, E (token, G-gram) edges.
 
-    With a capacity, N and E are that. Behind the G-grams found come some of id 0 that belong to no sequence and have
-    no edges (their offsets are the number of edges), and behind the edges zeros.
+    With a capacity of (G-grams, edges), N and E are that, and padding is behind what was found: G-grams of id 0 that
+    belong to no sequence and have no edges, and behind the edges zeros. Two G-grams with 5 edges, at a capacity of (4,
+    8):
+
+        ngram_input_ids = [17, 4, 0, 0]         ngram_offsets = [0, 2, 5, 5, 5]
+        ngram_cu_seqlens = [0, 2]               ngram_tokens = [1, 2, 2, 3, 4, 0, 0, 0]
+        counts = [2, 5, 0, 0]
     """
 
     ngram_input_ids: torch.Tensor  # [N] int64
     ngram_cu_seqlens: torch.Tensor  # [B + 1] int32
-    token_offsets: torch.Tensor  # [T + 1] int32
-    token_ngrams: torch.Tensor  # [E] int32, ascending within a token
-    ngram_offsets: torch.Tensor  # [N + 1] int32
-    ngram_tokens: torch.Tensor  # [E] int32, ascending within a G-gram
+    edges: NgramEdges  # int32
     counts: torch.Tensor  # [4] int32: G-grams, edges, G-grams cut by max_ngrams, G-grams cut by the capacity
 
 
@@ -38,10 +41,11 @@ def ngram_matching(
     Overlaps are allowed. A G-gram that occurs several times in a sequence is one G-gram with the union of its
     positions. Within a sequence the order is by first position, then by length.
 
-    All implementations return the same integers. With a capacity the shapes follow from the arguments alone, so "triton"
-    never waits for the device and a captured or compiled step can hold it. It launches 1 kernel, 3 sorts, 3 scans,
-    5 binary searches and about 80 gathers and elementwise operations. A trainer on a GPU would take the capacity from
-    the corpus' density and its token budget, with room to spare, and watch `counts[3]`; see `ngram_masking`.
+    All implementations return the same integers. With a capacity the shapes follow from the arguments alone, so
+    "triton" never waits for the device and a captured or compiled step can hold it. It launches 1 kernel, 3 sorts, 3
+    scans, 5 binary searches and about 80 gathers and elementwise operations. `dnazen.batches.device` measures the
+    capacity on the first epoch's batches, with room to spare, and makes a batch anew where `counts[3]` says that it was
+    too small.
 
     Args:
         input_ids: `[T]` integers; special tokens may be among them, for no G-gram holds one. On the CPU they are
@@ -56,8 +60,8 @@ def ngram_matching(
 
     Raises:
         TypeError: `input_ids` or `cu_seqlens` is not of integers.
-        ValueError: wrong shapes; a table on another device; `cu_seqlens` that does not describe `input_ids`; tokens that
-            do not fit the table; a negative limit or capacity; "triton" without a capacity; an unknown `impl`.
+        ValueError: wrong shapes; a table on another device; `cu_seqlens` that does not describe `input_ids`; tokens
+            that do not fit the table; a negative limit or capacity; "triton" without a capacity; an unknown `impl`.
         RuntimeError: `impl="triton"` cannot run here.
     """
     # only the reference, which goes through the host, can tell how many there are
@@ -66,10 +70,13 @@ def ngram_matching(
         _check(input_ids, cu_seqlens, table, max_ngrams, capacity, impl)
     arguments = input_ids, cu_seqlens, table.keys, table.ids, table.prefilter, table.bits, table.hash_bits, max_ngrams
     if capacity is not None:
-        return NgramMatches(*torch.ops.dnazen.ngram_matching(*arguments, *capacity, impl))
-    from dnazen_kernels.ngram_matching.reference import match_ngrams
+        found = torch.ops.dnazen.ngram_matching(*arguments, *capacity, impl)
+    else:
+        from dnazen_kernels.ngram_matching.reference import match_ngrams
 
-    return NgramMatches(*match_ngrams(*arguments, None))
+        found = match_ngrams(*arguments, None)
+    ngram_input_ids, ngram_cu_seqlens, *edges, counts = found
+    return NgramMatches(ngram_input_ids, ngram_cu_seqlens, NgramEdges(*edges), counts)
 
 
 @torch.library.custom_op("dnazen::ngram_matching", mutates_args=())

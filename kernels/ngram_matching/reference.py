@@ -19,20 +19,20 @@ def match_ngrams(
     max_ngrams: int | None,
     capacity: tuple[int, int] | None,
 ) -> list[torch.Tensor]:
-    """The fields of `NgramMatches`: as large as `capacity`, or without it as needed."""
-    tokens, cu_seqlens, keys, ids, prefilter = (
+    """The tensors of `NgramMatches`, in order: as large as `capacity`, or without it as needed."""
+    tokens, bounds, table_keys, table_ids, table_prefilter = (
         tensor.cpu().numpy() for tensor in (input_ids, cu_seqlens, keys, ids, prefilter)
     )
     tokens = tokens.astype(np.int32 if 2 * bits <= 31 else np.int64)
-    cu_seqlens = cu_seqlens.astype(np.int64)
+    bounds = bounds.astype(np.int64)
 
     # Occurrences in order of position, then length; a cell is one of the lengths at one of the positions.
-    ends = np.repeat(cu_seqlens[1:], np.diff(cu_seqlens))
-    cells, slots = _find_occurrences(tokens, ends, keys, prefilter, bits, hash_bits)
+    ends = np.repeat(bounds[1:], np.diff(bounds))
+    cells, slots = _find_occurrences(tokens, ends, table_keys, table_prefilter, bits, hash_bits)
     order = np.argsort(cells)
     cells, slots = cells[order], slots[order]
     starts, sizes = cells // NUM_LENGTHS, cells % NUM_LENGTHS + MIN_LENGTH
-    sequences = np.searchsorted(cu_seqlens, starts, side="right") - 1
+    sequences = np.searchsorted(bounds, starts, side="right") - 1
 
     # The occurrences of one G-gram in one sequence are one; G-grams are in order of their first occurrence.
     order = _stable_order(slots)
@@ -72,8 +72,8 @@ def match_ngrams(
     more_ngrams, more_edges = num_ngrams - num_kept, num_edges - num_kept_edges
     int32 = np.int32
     fields = (
-        np.pad(ids[slots[first]], (0, more_ngrams)),
-        _offsets(sequences[first], len(cu_seqlens) - 1),
+        np.pad(table_ids[slots[first]], (0, more_ngrams)),
+        _offsets(sequences[first], len(bounds) - 1),
         _offsets(ngram_tokens, len(tokens)),
         np.pad(edge_ngrams[_stable_order(ngram_tokens)].astype(int32), (0, more_edges)),
         np.pad(ngram_offsets[: num_kept + 1], (0, more_ngrams), mode="edge"),

@@ -54,7 +54,8 @@ class NgramTable:
         """Build the table of different `ngrams` of 2 to 5 tokens, whose k-th has the id `ids[k]`, on the CPU.
 
         Raises:
-            ValueError: a length outside 2..5, a G-gram given twice, a token outside [0, vocab_size), or keys over 63 bits.
+            ValueError: a length outside 2..5, a G-gram given twice, a token outside [0, vocab_size), or keys over 63
+                bits.
         """
         for ngram in ngrams:
             if not MIN_LENGTH <= len(ngram) <= MAX_LENGTH:
@@ -83,7 +84,8 @@ class NgramTable:
         size = max(1 << hash_bits, slots.max(initial=0) + 1) + 1
         table_keys, table_ids = np.full(size, FREE, np.int64), np.zeros(size, np.int64)
         table_keys[slots], table_ids[slots] = keys[order], np.asarray(ids, np.int64)[order]
-        return cls(*map(torch.from_numpy, (table_keys, table_ids, prefilter)), bits, hash_bits)
+        keys_and_ids = torch.from_numpy(table_keys), torch.from_numpy(table_ids)
+        return cls(*keys_and_ids, torch.from_numpy(prefilter), bits, hash_bits)
 
     def to(self, device: torch.device | str) -> "NgramTable":
         """The table on another device."""

@@ -1,7 +1,7 @@
 """The look-up as a Triton kernel, and the rest of the matching as sorts and scans of static shape on the device.
 
-A cell is one of the four lengths at one of the positions; there is one position more than there are tokens, with nothing
-in it, so that no tensor below is empty. Some twenty int64 tensors of one entry per cell are
+A cell is one of the four lengths at one of the positions; there is one position more than there are tokens, with
+nothing in it, so that no tensor below is empty. Some twenty int64 tensors of one entry per cell are
 alive at the most, so it takes about 1 KiB of device memory per token while it runs.
 """
 

@@ -1,10 +1,20 @@
 """Matching and masking as one would first write them in Python: dictionaries, sets and loops, from the definitions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dnazen_kernels.ngram_masking import MaskedBatch
+from dnazen_kernels.ngram_matching import NgramMatches
+
 Fields = dict[str, list[int]]
+
+
+def as_lists(fields: NgramMatches | MaskedBatch | Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a result, or the arguments of `ngram_masking`, as lists, those of the edges among them."""
+    flat = dict(fields if isinstance(fields, Mapping) else fields._asdict())
+    flat |= flat.pop("edges")._asdict()
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in flat.items()}
 
 
 def match_slowly(
@@ -13,7 +23,7 @@ def match_slowly(
     max_ngrams: int | None = None,
     capacity: tuple[int, int] | None = None,
 ) -> Fields:
-    """The fields of `NgramMatches` as lists."""
+    """The fields of `NgramMatches` as `as_lists` gives them."""
     ngram_ids, covers, cu_seqlens, num_found, start = [], [], [0], 0, 0
     for sequence in sequences:
         positions: dict[int, set[int]] = {}  # insertion order is the order of first position, then length
@@ -35,12 +45,12 @@ def match_slowly(
             covers.pop()
     counts = [len(covers), sum(map(len, covers)), num_found - num_wanted, num_wanted - len(covers)]
     cu_seqlens = [min(bound, len(covers)) for bound in cu_seqlens]
-    fields = _graph(ngram_ids[: len(covers)], cu_seqlens, covers, start)
+    fields = _matching(ngram_ids[: len(covers)], cu_seqlens, covers, start)
     return _pad({**fields, "counts": counts}, capacity)
 
 
 def mask_slowly(inputs: dict[str, Any], whole_ngram: bool, capacity: tuple[int, int] | None = None) -> Fields:
-    """The fields of `MaskedBatch` as lists; `inputs` are the other arguments of `ngram_masking`, as lists."""
+    """The same of `MaskedBatch`; `inputs` are the other arguments of `ngram_masking`, as lists."""
     ids, random = list(inputs["input_ids"]), inputs["random"]
     num_ngrams = inputs["ngram_cu_seqlens"][-1]
     offsets, tokens = inputs["ngram_offsets"], inputs["ngram_tokens"]
@@ -63,7 +73,7 @@ def mask_slowly(inputs: dict[str, Any], whole_ngram: bool, capacity: tuple[int, 
     number = [0]  # survivors before G-gram j
     for j in range(num_ngrams):
         number.append(number[-1] + (j in alive))
-    fields = _graph(
+    fields = _matching(
         [inputs["ngram_input_ids"][j] for j in survivors],
         [number[bound] for bound in inputs["ngram_cu_seqlens"]],
         [covers[j] for j in survivors],
@@ -73,8 +83,8 @@ def mask_slowly(inputs: dict[str, Any], whole_ngram: bool, capacity: tuple[int, 
     return _pad({"input_ids": ids, "labels": labels, **fields, "counts": counts}, capacity)
 
 
-def _graph(ngram_ids: list[int], cu_seqlens: list[int], covers: list[list[int]], num_tokens: int) -> Fields:
-    """G-grams and both CSR views from the tokens that each G-gram covers."""
+def _matching(ngram_ids: list[int], cu_seqlens: list[int], covers: list[list[int]], num_tokens: int) -> Fields:
+    """G-grams and both views of their edges from the tokens that each G-gram covers."""
     by_token: list[list[int]] = [[] for _ in range(num_tokens)]
     for j, cover in enumerate(covers):
         for t in cover:

@@ -147,7 +147,7 @@ def test_rows_of_no_sequence_are_no_silent_garbage(name, bounds):
 
 
 def _record_calls(monkeypatch, module, result):
-    """Stand-in for a package that cannot be installed here; it proves what is passed, not what a kernel does with it."""
+    """Stand-in for a package that cannot be installed here; it proves what is passed, not what a kernel does."""
     calls = []
     parts = module.split(".")
     for depth in range(1, len(parts) + 1):
@@ -185,7 +185,7 @@ def test_what_flash_attention_4_is_given(monkeypatch):
     assert without.keys() == {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
 
 
-# -- the choice ---------------------------------------------------------------------------------------------------------
+# -- the choice --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -377,7 +377,7 @@ def test_the_check_leaves_random_numbers_alone(fresh_selection):
     assert torch.equal(torch.rand(1), expected)
 
 
-# -- through the model ----------------------------------------------------------------------------------------------------
+# -- through the model -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("requested", [None, "auto", "eager", "sdpa", "flex_attention", "flash_attention_4"])
@@ -411,7 +411,7 @@ def test_model_on_flex_equals_eager(config, make_batch):
     torch.testing.assert_close(*results, rtol=1e-5, atol=2e-5)
 
 
-# -- on a GPU -------------------------------------------------------------------------------------------------------------
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
 
 
 def _device_that_runs(name, heads, head_dim) -> torch.device:

@@ -70,7 +70,8 @@ def test_compiled_layers_equal_eager_ones_and_compile_once(impl, is_checkpointin
 
 
 def test_no_step_waits_for_the_device(config, make_batch, device, monkeypatch):
-    """On a CPU by the operators called, with a stand-in for PyTorch's flex_attention, which has no backward there and no
+    """On a CPU by the operators called, with a stand-in for PyTorch's flex_attention, which has no backward there and
+    no
     rule for watching it: what the tiles are built from is real. Only on a GPU is the kernel itself watched."""
     config.impl, config._attn_implementation = "triton", "flex_attention"
     config.hidden_size = 16 * config.num_attention_heads  # on a GPU FlexAttention takes no smaller heads

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dnazen.files import InputError
-from dnazen.models import SIZES, DNAZenConfig, DNAZenForMaskedLM
+from dnazen.models import SIZES, DNAZenConfig, DNAZenForMaskedLM, DNAZenModel
 
 
 @pytest.mark.parametrize(
@@ -98,3 +98,16 @@ def test_parameter_counts(size, count):
     # The sizes as the paper quotes them, to their precision.
     quoted = {"large": 650e6, "xlarge": 2.1e9}.get(size, by_hand)
     assert by_hand == pytest.approx(quoted, rel=0.05)
+
+
+def test_the_reference_has_an_attention_of_its_own(config):
+    config.impl, config._attn_implementation = "reference", "sdpa"
+    message = "attn_implementation: expected 'eager' or none with impl 'reference', found 'sdpa'"
+    with pytest.raises(InputError, match=message):
+        DNAZenModel(config)
+    for name in ("eager", None):
+        config._attn_implementation = name
+        model = DNAZenModel(config)
+        assert model.select_attention(torch.device("cpu"), torch.float32).name == "eager"
+    with pytest.raises(InputError, match=message):
+        model.set_attn_implementation("sdpa")

@@ -1,6 +1,7 @@
 """The models: against the formulas in plain code, and their forms and implementations against each other."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -411,3 +412,19 @@ def test_masked_positions_may_be_given(config, make_batch, pad_batch):
     for batch in (batch, pad_batch(batch)):
         positions = (batch["labels"].flatten() != -100).nonzero().squeeze(1)
         _assert_same(_run(model, batch), _run(model, batch | {"masked_positions": positions}))
+
+
+@pytest.mark.parametrize("model_class", [DNAZenModel, DNAZenForMaskedLM])
+def test_unknown_arguments_are_refused(model_class, config):
+    with pytest.raises(
+        TypeError, match=rf"{model_class.__name__}: expected arguments of input_ids, .*, found mask, tokens"
+    ):
+        model_class(config)(torch.tensor([[1, 7, 2]]), tokens=None, mask=torch.ones(1, 3))
+
+
+def test_the_signature_names_all_inputs_for_trainer(make_batch, pad_batch):
+    """By it Trainer chooses the columns of a data set; others it drops in silence."""
+    batch = make_batch([5, 9], [2, 1])
+    names = inspect.signature(DNAZenForMaskedLM.forward).parameters.keys()
+    assert {*batch, *pad_batch(batch), "masked_positions", "num_items_in_batch"} <= names
+    assert "kwargs" not in names and "inputs" not in names

@@ -45,7 +45,7 @@ def test_embedding_is_the_sum_over_the_neighbors_inside_the_sequence(window):
 
 @torch.no_grad()
 def test_without_neighbors_a_model_cannot_tell_left_from_right():
-    """Symmetric ALiBi and no position: the states of a reversed sequence are the reversed states, but for [CLS] and [SEP]."""
+    """Symmetric ALiBi and no position: a reversed sequence has the reversed states, but for [CLS] and [SEP]."""
     sequence = [9, 21, 4, 33, 17, 8, 8, 30]
     for window, is_symmetric in ((0, True), (1, False)):
         torch.manual_seed(1)

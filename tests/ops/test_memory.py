@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_fusion import ngram_fusion, residual_layer_norm, triton_impl
 from dnazen_kernels.ngram_fusion.reference import ngram_fusion_dense
 
@@ -32,12 +33,12 @@ def make_inputs(num_tokens: int, num_ngrams: int, num_edges: int, device: torch.
     """fp32 states and both views of random edges."""
     token = torch.randint(num_tokens, (num_edges,)).sort().values
     ngram = torch.randint(num_ngrams, (num_edges,))
-    csr = []
+    views = []
     for rows, columns, size in ((token, ngram, num_tokens), (ngram.sort().values, token[ngram.argsort()], num_ngrams)):
-        csr += [torch.searchsorted(rows, torch.arange(size + 1)), columns]
+        views += [torch.searchsorted(rows, torch.arange(size + 1)), columns]
     shapes = [(num_tokens, HIDDEN_SIZE)] * 2 + [(HIDDEN_SIZE,)] * 2 + [(num_ngrams, HIDDEN_SIZE)]
     states = [torch.randn(shape).to(device).requires_grad_() for shape in shapes]
-    return states, [view.to(device, torch.int32) for view in csr]
+    return states, NgramEdges(*(view.to(device, torch.int32) for view in views))
 
 
 def saved_bytes(function) -> tuple[torch.Tensor, int]:
@@ -57,9 +58,9 @@ def saved_bytes(function) -> tuple[torch.Tensor, int]:
 def test_residual_layer_norm(num_tokens, num_ngrams, num_edges, warps_per_sm, device, allocated, monkeypatch):
     """A program of the backward for each of the `WARPS_PER_SM` warps, as it stands at the launch."""
     monkeypatch.setattr(triton_impl, "WARPS_PER_SM", warps_per_sm)
-    (x, residual, weight, bias, ngrams), csr = make_inputs(num_tokens, num_ngrams, num_edges, device)
+    (x, residual, weight, bias, ngrams), edges = make_inputs(num_tokens, num_ngrams, num_edges, device)
     allocated.clear()
-    inputs = (x, residual, weight, bias, 0.5, ngrams, *csr)
+    inputs = (x, residual, weight, bias, 0.5, ngrams, edges)
     output, saved = saved_bytes(lambda: residual_layer_norm(*inputs, impl="triton"))
     row, statistics = 4 * HIDDEN_SIZE, 2 * 4 * num_tokens
     indices = 4 * (num_tokens + 1 + num_edges) + 4 * (num_ngrams + 1 + num_edges)
@@ -73,9 +74,9 @@ def test_residual_layer_norm(num_tokens, num_ngrams, num_edges, warps_per_sm, de
 
 @pytest.mark.parametrize("num_tokens, num_ngrams, num_edges", SIZES)
 def test_ngram_fusion(num_tokens, num_ngrams, num_edges, device, allocated):
-    (x, *_, ngrams), csr = make_inputs(num_tokens, num_ngrams, num_edges, device)
+    (x, *_, ngrams), edges = make_inputs(num_tokens, num_ngrams, num_edges, device)
     allocated.clear()
-    output, saved = saved_bytes(lambda: ngram_fusion(x, ngrams, *csr, impl="triton"))
+    output, saved = saved_bytes(lambda: ngram_fusion(x, ngrams, edges, impl="triton"))
     assert saved == 4 * (num_tokens + 1 + num_edges) + 4 * (num_ngrams + 1 + num_edges)
     assert sum(allocated) == 4 * HIDDEN_SIZE * num_tokens
     allocated.clear()

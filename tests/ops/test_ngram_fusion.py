@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_fusion import ngram_fusion, residual_layer_norm
 from dnazen_kernels.ngram_fusion.reference import ngram_fusion_dense
 from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
@@ -17,36 +18,36 @@ EDGES = ["none", "no_ngrams", "one", "duplicates", "one_over_all", "fourteen", "
 LAYOUTS = ["contiguous", "sliced"]
 # Every pair of values meets in some case (test_cases_cover_all_pairs); all four of every kind would be 256 cases.
 CASES = [
-    (dtype, HIDDEN_SIZES[(d + e) % 4], edges, LAYOUTS[(d // 2 + e) % 2])
-    for (d, dtype), (e, edges) in itertools.product(enumerate(DTYPES), enumerate(EDGES))
+    (dtype, HIDDEN_SIZES[(d + e) % 4], pattern, LAYOUTS[(d // 2 + e) % 2])
+    for (d, dtype), (e, pattern) in itertools.product(enumerate(DTYPES), enumerate(EDGES))
 ]
 over_cases = pytest.mark.parametrize(
-    "dtype, hidden_size, edges, layout", CASES, ids=lambda value: str(value).removeprefix("torch.")
+    "dtype, hidden_size, pattern, layout", CASES, ids=lambda value: str(value).removeprefix("torch.")
 )
 NUM_TOKENS = 37  # no multiple of a block, of the unrolled edges, or of the backward's programs
 EPS = 0.5  # large enough to matter against a variance of about 2
 
 
-def make_matrix(edges: str, num_tokens: int = NUM_TOKENS) -> torch.Tensor:
+def make_matrix(pattern: str, num_tokens: int = NUM_TOKENS) -> torch.Tensor:
     """A matching matrix `[T, N]`; its entries count edges."""
-    matrix = torch.zeros(num_tokens, 0 if edges == "no_ngrams" else 15)
-    if edges == "one":
+    matrix = torch.zeros(num_tokens, 0 if pattern == "no_ngrams" else 15)
+    if pattern == "one":
         matrix[4, 2] = 1
-    elif edges == "duplicates":
+    elif pattern == "duplicates":
         matrix[4, 2], matrix[5, 2], matrix[5, 3] = 2, 1, 5
-    elif edges == "one_over_all":
+    elif pattern == "one_over_all":
         matrix[:, 3] = 1
-    elif edges == "fourteen":
+    elif pattern == "fourteen":
         matrix[7, 1:] = 1
-    elif edges in ("empty_rows", "unused"):
+    elif pattern in ("empty_rows", "unused"):
         matrix = (torch.rand(matrix.shape) < 0.2).float()
         matrix[::2], matrix[:, 5] = 0, 0
     return matrix
 
 
-def make_csr(
+def make_edges(
     matrix: torch.Tensor, dtype: torch.dtype = torch.int32, device: torch.device | str = "cpu", num_unused: int = 0
-) -> list[torch.Tensor]:
+) -> NgramEdges:
     """Both views, straight from the definition, with entries at the end that belong to no row."""
     views = []
     for rows in (matrix, matrix.T):
@@ -54,7 +55,7 @@ def make_csr(
         row, column = rows.nonzero().T
         indices = column.repeat_interleave(rows[row, column].long())
         views += [F.pad(counts.cumsum(0), (1, 0)), F.pad(indices, (0, num_unused))]
-    return [view.to(device, dtype) for view in views]
+    return NgramEdges(*(view.to(device, dtype) for view in views))
 
 
 def randn(*shape: int, dtype: torch.dtype, device: torch.device, layout: str = "contiguous") -> torch.Tensor:
@@ -109,16 +110,16 @@ def test_cases_cover_all_pairs():
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @over_cases
-def test_ngram_fusion(dtype, hidden_size, edges, layout, impl, device, poisoned_memory):
+def test_ngram_fusion(dtype, hidden_size, pattern, layout, impl, device, poisoned_memory):
     """Forward and every gradient against fp64 truth on the same (rounded) inputs."""
-    matrix = make_matrix(edges)
+    matrix = make_matrix(pattern)
     shapes = [(NUM_TOKENS, hidden_size), (matrix.shape[1], hidden_size), (NUM_TOKENS, hidden_size)]
     *inputs, grad = (randn(*shape, dtype=dtype, device=device, layout=layout) for shape in shapes)
-    csr = make_csr(matrix, torch.int64 if layout == "sliced" else torch.int32, device, 5 * (edges == "unused"))
+    edges = make_edges(matrix, torch.int64 if layout == "sliced" else torch.int32, device, 5 * (pattern == "unused"))
     dense = matrix.double().to(device)[None]
     exact = [x.double() for x in inputs]
     truth = run(lambda h, g: ngram_fusion_dense(h[None], g[None], dense)[0], exact, grad.double())
-    ours = run(lambda h, g: ngram_fusion(h, g, *csr, impl=impl), inputs, grad)
+    ours = run(lambda h, g: ngram_fusion(h, g, edges, impl=impl), inputs, grad)
     # A row sums at most 38 numbers, each addition off by half an eps of a partial sum, and the partial sums are no
     # larger than the sum of absolute values (below 38 * 5 here); at the end one rounding to the tensor's own type.
     atol = 38 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2 * 38 * 5
@@ -127,14 +128,14 @@ def test_ngram_fusion(dtype, hidden_size, edges, layout, impl, device, poisoned_
         torch.testing.assert_close(
             found.double(), expected, rtol=torch.finfo(dtype).eps, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
         )
-    if edges == "one_over_all":
+    if pattern == "one_over_all":
         assert ours[2][3].abs().min() > 0
 
 
 NAMES = ("output", "grad_x", "grad_residual", "grad_weight", "grad_bias", "grad_ngram")
 
 
-def check_residual_layer_norm(dtypes, hidden_size, matrix, csr, layout, device):
+def check_residual_layer_norm(dtypes, hidden_size, matrix, edges, layout, device):
     """`dtypes` of x, residual, weight, bias and G-grams."""
     rows = (NUM_TOKENS, NUM_TOKENS, None, None, matrix.shape[1])
     shapes = [(hidden_size,) if n is None else (n, hidden_size) for n in rows]
@@ -144,7 +145,7 @@ def check_residual_layer_norm(dtypes, hidden_size, matrix, csr, layout, device):
     dense = matrix.double().to(device)
     truth = run(lambda *args: dense_residual_layer_norm(*args, dense), [x.double() for x in inputs], grad.double())
     reference, ours = (
-        run(lambda x, r, w, b, g: residual_layer_norm(x, r, w, b, EPS, g, *csr, impl=impl), inputs, grad)
+        run(lambda x, r, w, b, g: residual_layer_norm(x, r, w, b, EPS, g, edges, impl=impl), inputs, grad)
         for impl in ("reference", "triton")
     )
     assert ours[0].dtype == grad_dtype
@@ -157,17 +158,17 @@ def check_residual_layer_norm(dtypes, hidden_size, matrix, csr, layout, device):
 
 
 @over_cases
-def test_residual_layer_norm(dtype, hidden_size, edges, layout, device, poisoned_memory):
-    matrix = make_matrix(edges)
-    csr = make_csr(matrix, torch.int64 if layout == "sliced" else torch.int32, device, 5 * (edges == "unused"))
-    check_residual_layer_norm([dtype] * 5, hidden_size, matrix, csr, layout, device)
+def test_residual_layer_norm(dtype, hidden_size, pattern, layout, device, poisoned_memory):
+    matrix = make_matrix(pattern)
+    edges = make_edges(matrix, torch.int64 if layout == "sliced" else torch.int32, device, 5 * (pattern == "unused"))
+    check_residual_layer_norm([dtype] * 5, hidden_size, matrix, edges, layout, device)
 
 
 @pytest.mark.parametrize("hidden_size", [1024, 1536, 4096])
 def test_rows_over_several_vectors_and_warps(hidden_size, device, poisoned_memory):
     matrix = make_matrix("empty_rows")
-    csr = make_csr(matrix, device=device)
-    check_residual_layer_norm([torch.bfloat16] * 5, hidden_size, matrix, csr, "contiguous", device)
+    edges = make_edges(matrix, device=device)
+    check_residual_layer_norm([torch.bfloat16] * 5, hidden_size, matrix, edges, "contiguous", device)
 
 
 @pytest.mark.parametrize(
@@ -182,8 +183,8 @@ def test_rows_over_several_vectors_and_warps(hidden_size, device, poisoned_memor
 def test_mixed_dtypes(dtypes, device, poisoned_memory):
     """The output is in the type of x + residual, every gradient in that of its tensor."""
     matrix = make_matrix("empty_rows")
-    csr = make_csr(matrix, device=device)
-    check_residual_layer_norm(dtypes, 48, matrix, csr, "contiguous", device)
+    edges = make_edges(matrix, device=device)
+    check_residual_layer_norm(dtypes, 48, matrix, edges, "contiguous", device)
     hidden, ngrams, grad = (
         randn(n, 48, dtype=dtype, device=device)
         for n, dtype in ((NUM_TOKENS, dtypes[0]), (15, dtypes[4]), (NUM_TOKENS, dtypes[0]))
@@ -194,7 +195,7 @@ def test_mixed_dtypes(dtypes, device, poisoned_memory):
         grad.double(),
     )
     reference, ours = (
-        run(lambda h, g: ngram_fusion(h, g, *csr, impl=impl), [hidden, ngrams], grad)
+        run(lambda h, g: ngram_fusion(h, g, edges, impl=impl), [hidden, ngrams], grad)
         for impl in ("reference", "triton")
     )
     assert_close_to_truth(("output", "grad_hidden", "grad_ngram"), truth, ours, (NUM_TOKENS,), eager=reference)
@@ -204,10 +205,10 @@ def test_residual_layer_norm_without_ngrams(device, poisoned_memory):
     """The same bits as with G-grams that cover no token."""
     x, residual, grad = (randn(NUM_TOKENS, 48, dtype=torch.float32, device=device) for _ in range(3))
     weight, bias = (randn(48, dtype=torch.float32, device=device) for _ in range(2))
-    inputs, csr = [x, residual, weight, bias], make_csr(make_matrix("none"), device=device)
+    inputs, edges = [x, residual, weight, bias], make_edges(make_matrix("none"), device=device)
     ngrams = randn(15, 48, dtype=torch.float32, device=device)
     plain = run(lambda *args: residual_layer_norm(*args, EPS, impl="triton"), inputs, grad)
-    fused = run(lambda *args: residual_layer_norm(*args, EPS, ngrams, *csr, impl="triton"), inputs, grad)
+    fused = run(lambda *args: residual_layer_norm(*args, EPS, ngrams, edges, impl="triton"), inputs, grad)
     assert all(map(torch.equal, plain, fused))
     truth = run(lambda x, r, w, b: F.layer_norm(x + r, (48,), w, b, EPS), [x.double() for x in inputs], grad.double())
     assert_close_to_truth(NAMES[:5], truth, plain, (48, NUM_TOKENS))
@@ -224,49 +225,49 @@ def test_constant_rows_give_the_bias(impl, device):
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_halves_are_accumulated_in_fp32(impl, device):
     """2048 + 1 + 1 is 2050 in fp16 only if the ones are added up before they are rounded away."""
-    csr = make_csr(torch.ones(1, 2), device=device)
+    edges = make_edges(torch.ones(1, 2), device=device)
     hidden = torch.full((1, 4), 2048, dtype=torch.float16, device=device)
-    output = ngram_fusion(hidden, torch.ones(2, 4, dtype=torch.float16, device=device), *csr, impl=impl)
+    output = ngram_fusion(hidden, torch.ones(2, 4, dtype=torch.float16, device=device), edges, impl=impl)
     assert output.tolist() == [[2050.0] * 4]
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_no_tokens(impl, device):
-    csr = make_csr(torch.zeros(0, 0), device=device)
+    edges = make_edges(torch.zeros(0, 0), device=device)
     empty = torch.zeros(0, 8, device=device)
-    assert ngram_fusion(empty, empty, *csr, impl=impl).shape == (0, 8)
+    assert ngram_fusion(empty, empty, edges, impl=impl).shape == (0, 8)
     parameters = [torch.ones(8, device=device), torch.ones(8, device=device)]
     inputs = [empty, empty, *parameters]
-    output, *gradients = run(lambda *args: residual_layer_norm(*args, EPS, empty, *csr, impl=impl), inputs, empty)
+    output, *gradients = run(lambda *args: residual_layer_norm(*args, EPS, empty, edges, impl=impl), inputs, empty)
     assert output.shape == (0, 8)
     assert not any(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_gradcheck(impl, device):
-    csr = make_csr(make_matrix("empty_rows", 4)[:, :5], device=device)
+    edges = make_edges(make_matrix("empty_rows", 4)[:, :5], device=device)
     shapes = [(4, 3), (4, 3), (3,), (3,), (5, 3)]
     x, residual, weight, bias, ngrams = (
         randn(*shape, dtype=torch.float64, device=device).requires_grad_() for shape in shapes
     )
-    assert torch.autograd.gradcheck(lambda h, g: ngram_fusion(h, g, *csr, impl=impl), (x, ngrams))
+    assert torch.autograd.gradcheck(lambda h, g: ngram_fusion(h, g, edges, impl=impl), (x, ngrams))
     inputs = (x, residual, weight, bias, ngrams)
     assert torch.autograd.gradcheck(
-        lambda x, r, w, b, g: residual_layer_norm(x, r, w, b, EPS, g, *csr, impl=impl), inputs
+        lambda x, r, w, b, g: residual_layer_norm(x, r, w, b, EPS, g, edges, impl=impl), inputs
     )
 
 
 def test_same_bits_on_every_run(device):
     num_tokens, num_ngrams, hidden_size = (4099, 700, 768) if device.type == "cuda" else (11, 5, 24)
     matrix = (torch.rand(num_tokens, num_ngrams) < 0.3).float()
-    csr = make_csr(matrix, device=device)
+    edges = make_edges(matrix, device=device)
     shapes = [(num_tokens, hidden_size)] * 2 + [(hidden_size,)] * 2 + [(num_ngrams, hidden_size)]
     inputs = [randn(*shape, dtype=torch.bfloat16, device=device) for shape in shapes]
     grad = randn(num_tokens, hidden_size, dtype=torch.bfloat16, device=device)
 
     def run_both():
-        fused = run(lambda x, r, w, b, g: residual_layer_norm(x, r, w, b, EPS, g, *csr, impl="triton"), inputs, grad)
-        return *fused, *run(lambda h, g: ngram_fusion(h, g, *csr, impl="triton"), (inputs[0], inputs[4]), grad)
+        fused = run(lambda x, r, w, b, g: residual_layer_norm(x, r, w, b, EPS, g, edges, impl="triton"), inputs, grad)
+        return *fused, *run(lambda h, g: ngram_fusion(h, g, edges, impl="triton"), (inputs[0], inputs[4]), grad)
 
     first = run_both()
     for _ in range(50):
@@ -274,7 +275,7 @@ def test_same_bits_on_every_run(device):
 
 
 def operator_arguments(device):
-    csr = make_csr(make_matrix("empty_rows", 5)[:, :3], device=device)
+    edges = make_edges(make_matrix("empty_rows", 5)[:, :3], device=device)
     x, residual, weight, bias, ngrams = (
         randn(*shape, dtype=torch.float32, device=device).requires_grad_()
         for shape in ((5, 8), (5, 8), (8,), (8,), (3, 8))
@@ -282,8 +283,8 @@ def operator_arguments(device):
     rows = [torch.ones(5, device=device) for _ in range(2)]
     norm = (x, residual, weight, bias, EPS)
     return {
-        "ngram_fusion": [(x, ngrams, *csr), (None, ngrams, *csr)],
-        "residual_layer_norm": [(*norm, ngrams, *csr), (*norm, *[None] * 5)],
+        "ngram_fusion": [(x, ngrams, *edges), (None, ngrams, *edges)],
+        "residual_layer_norm": [(*norm, ngrams, *edges), (*norm, *[None] * 5)],
         "residual_layer_norm_backward": [tuple(t.detach() for t in (x, x, residual, weight, *rows))],
     }  # fmt: skip
 
@@ -296,10 +297,11 @@ def test_opcheck(name, device):
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_compiles_without_a_graph_break(impl, device):
-    x, residual, weight, bias, _, ngrams, *csr = operator_arguments(device)["residual_layer_norm"][0]
+    x, residual, weight, bias, _, ngrams, *views = operator_arguments(device)["residual_layer_norm"][0]
+    edges = NgramEdges(*views)
 
     def function(x, r, w, b, g):
-        return residual_layer_norm(ngram_fusion(x, g, *csr, impl=impl), r, w, b, EPS, g, *csr, impl=impl)
+        return residual_layer_norm(ngram_fusion(x, g, edges, impl=impl), r, w, b, EPS, g, edges, impl=impl)
 
     inputs, grad = (x, residual, weight, bias, ngrams), torch.randn(x.shape).to(device)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -317,10 +319,10 @@ def test_offsets_beyond_two_to_the_31():
     counts = torch.zeros(num_tokens + 1, dtype=torch.int32, device="cuda")
     counts[0], counts[-1] = 0, 1  # the last token is covered by the last G-gram, and that is all
     index = torch.tensor([num_tokens - 1], dtype=torch.int32, device="cuda")
-    csr = (counts, index, counts, index)
-    assert torch.equal(ngram_fusion(x, x, *csr, impl="triton")[-1], 2 * x[-1])
+    edges = NgramEdges(counts, index, counts, index)
+    assert torch.equal(ngram_fusion(x, x, edges, impl="triton")[-1], 2 * x[-1])
     parameters = (torch.ones(hidden_size, device="cuda"), torch.zeros(hidden_size, device="cuda"))
-    output = residual_layer_norm(x, x, *parameters, EPS, x, *csr, impl="triton")[-1:]
+    output = residual_layer_norm(x, x, *parameters, EPS, x, edges, impl="triton")[-1:]
     expected = residual_layer_norm(x[-1:], x[-1:], *parameters, EPS, impl="triton") + x[-1:]
     torch.testing.assert_close(output, expected)
 
@@ -332,7 +334,7 @@ def test_fusion_takes_the_matcher_s_edges(capacity):
     matches = ngram_matching(tokens, cu_seqlens, table, capacity=capacity)
     states = torch.full((len(matches.ngram_input_ids), 1), 100.0)
     states[:2] = torch.tensor([[1.0], [10.0]])
-    output = ngram_fusion(torch.zeros(7, 1), states, *matches[2:6])
+    output = ngram_fusion(torch.zeros(7, 1), states, matches.edges)
     assert output.squeeze(1).tolist() == [0, 1, 11, 10, 11, 1, 0]
 
 
@@ -342,15 +344,25 @@ def test_fusion_takes_the_matcher_s_edges(capacity):
         ({0: torch.zeros(3, 4, dtype=torch.long)}, TypeError, "hidden_states must be floating point, got torch.int64"),
         ({1: torch.zeros(2, 5)}, ValueError, r"ngram_hidden_states must have shape \[rows, 4\], got \[2, 5\]"),
         ({0: torch.zeros(1, 3, 4)}, ValueError, r"hidden_states must have shape \[rows, 4\], got \[1, 3, 4\]"),
-        ({2: torch.zeros(3, dtype=torch.int32)}, ValueError, r"token_offsets must have shape \[4\], got \[3\]"),
-        ({4: torch.zeros(3, dtype=torch.int64)}, TypeError, "ngram_offsets must be .* got torch.int64"),
-        ({5: torch.zeros(1, dtype=torch.int32)}, ValueError, r"ngram_tokens must have shape \[0\], got \[1\]"),
+        (
+            {"token_offsets": torch.zeros(3, dtype=torch.int32)},
+            ValueError,
+            r"token_offsets must have shape \[4\], got \[3\]",
+        ),
+        ({"ngram_offsets": torch.zeros(3, dtype=torch.int64)}, TypeError, "ngram_offsets must be .* got torch.int64"),
+        (
+            {"ngram_tokens": torch.zeros(1, dtype=torch.int32)},
+            ValueError,
+            r"ngram_tokens must have shape \[0\], got \[1\]",
+        ),
     ],
     ids=["dtype", "columns", "dimensions", "offsets", "index_dtype", "edges"],
 )
 def test_contract_of_ngram_fusion(change, error, message):
-    arguments = [torch.zeros(3, 4), torch.zeros(2, 4), *make_csr(torch.zeros(3, 2))]
+    arguments = [torch.zeros(3, 4), torch.zeros(2, 4), make_edges(torch.zeros(3, 2))]
     for position, value in change.items():
+        if isinstance(position, str):
+            position, value = 2, arguments[2]._replace(**{position: value})
         arguments[position] = value
     with pytest.raises(error, match=message):
         ngram_fusion(*arguments)
@@ -365,15 +377,15 @@ def test_contract_of_ngram_fusion(change, error, message):
         ({3: torch.zeros(5)}, ValueError, r"bias must have shape \[4\], got \[5\]"),
         ({2: torch.zeros(1, 4)}, ValueError, r"weight must have shape \[H\], got \[1, 4\]"),
         ({2: torch.zeros(4).long()}, TypeError, "weight must be floating point, got torch.int64"),
-        ({9: None}, ValueError, "ngram_hidden_states and the four CSR tensors must be given all or none"),
+        ({6: None}, ValueError, "ngram_hidden_states and edges must be given both or neither"),
         ({5: torch.zeros(2, 5)}, ValueError, r"ngram_hidden_states must have shape \[rows, 4\], got \[2, 5\]"),
     ],
     ids=["dtype", "columns", "rows", "bias", "weight", "weight_dtype", "some", "ngrams"],
 )
 def test_contract_of_residual_layer_norm(change, error, message):
     parameters = [torch.zeros(4), torch.zeros(4), EPS]
-    csr = make_csr(torch.zeros(3, 2))
-    arguments = [torch.zeros(3, 4), torch.zeros(3, 4), *parameters, torch.zeros(2, 4), *csr]
+    edges = make_edges(torch.zeros(3, 2))
+    arguments = [torch.zeros(3, 4), torch.zeros(3, 4), *parameters, torch.zeros(2, 4), edges]
     for position, value in change.items():
         arguments[position] = value
     with pytest.raises(error, match=message):
@@ -394,4 +406,6 @@ def test_spare_entries_reach_nothing_even_if_what_they_name_is_not_finite(impl, 
     ngrams = torch.full((num_ngrams, 8), torch.inf, device=device)
     offsets = [torch.zeros(size, dtype=torch.int32, device=device) for size in (4, num_ngrams + 1)]
     spare = torch.zeros(5, dtype=torch.int32, device=device)
-    assert torch.equal(ngram_fusion(states, ngrams, offsets[0], spare, offsets[1], spare, impl=impl), states)
+    assert torch.equal(
+        ngram_fusion(states, ngrams, NgramEdges(offsets[0], spare, offsets[1], spare), impl=impl), states
+    )

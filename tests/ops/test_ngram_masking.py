@@ -7,15 +7,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map_only
 
+from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_masking import ngram_masking, reference, triton_impl
 from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
-from tests.helpers.oracles import mask_slowly
+from tests.helpers.oracles import as_lists, mask_slowly
 from tests.helpers.synchronisations import ForbidSynchronisation
 
 CLS, SEP, MASK = 1, 2, 4
 MASKABLE_IDS = torch.arange(5, 12)
-GRAPH = ("ngram_input_ids", "ngram_cu_seqlens", "token_offsets", "token_ngrams", "ngram_offsets", "ngram_tokens")
+EMPTY = NgramEdges.empty(3, "cpu")
 with_fixtures = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
@@ -25,38 +27,44 @@ def make_inputs(sequences, vocabulary, seed, p=0.15, capacity=None):
     input_ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
     cu_seqlens = torch.tensor([0] + [len(sequence) for sequence in sequences]).cumsum(0)
     table = NgramTable.build(vocabulary, range(1, len(vocabulary) + 1), 12)
-    matches = ngram_matching(input_ids, cu_seqlens, table, capacity=capacity)._asdict()
+    matches = ngram_matching(input_ids, cu_seqlens, table, capacity=capacity)
     return {
         "input_ids": input_ids,
         "maskable": input_ids >= 5,
         "random": torch.from_numpy(np.random.default_rng(seed).random((len(input_ids), 3))),
-        **{name: matches[name] for name in GRAPH},
+        "ngram_input_ids": matches.ngram_input_ids,
+        "ngram_cu_seqlens": matches.ngram_cu_seqlens,
+        "edges": matches.edges,
         "mlm_probability": p,
         "mask_token_id": MASK,
         "maskable_ids": MASKABLE_IDS,
     }
 
 
-def lists(fields):
-    return {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in fields.items()}
-
-
 def to(inputs, device):
-    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    return {name: x.to(device) if hasattr(x, "to") else x for name, x in inputs.items()}
+
+
+def tensors(fields):
+    """Every tensor of a result or of the arguments, by name."""
+    flat = {**fields, **fields["edges"]._asdict()}
+    return {name: x for name, x in flat.items() if isinstance(x, torch.Tensor)}
 
 
 def check(inputs, device, whole_ngram=True):
     """Both implementations against the slow one; returns what they found, without the tail."""
-    capacity = len(inputs["ngram_input_ids"]), len(inputs["ngram_tokens"])
-    expected = mask_slowly(lists(inputs), whole_ngram, capacity)
+    capacity = len(inputs["ngram_input_ids"]), len(inputs["edges"].ngram_tokens)
+    expected = mask_slowly(as_lists(inputs), whole_ngram, capacity)
     for impl, where in (("reference", torch.device("cpu")), ("triton", device)):
         batch = ngram_masking(**to(inputs, where), whole_ngram=whole_ngram, impl=impl)
-        assert lists(batch._asdict()) == expected, impl
-        assert lists(batch.trimmed()._asdict()) == mask_slowly(lists(inputs), whole_ngram), impl
-        for name in ("input_ids", *GRAPH):
-            assert getattr(batch, name).dtype == inputs[name].dtype and getattr(batch, name).device.type == where.type
+        assert as_lists(batch) == expected, impl
+        assert as_lists(batch.trimmed()) == mask_slowly(as_lists(inputs), whole_ngram), impl
+        found, given = tensors(batch._asdict()), tensors(inputs)
+        assert len(found.keys() & given.keys()) == 7
+        for name in found.keys() & given.keys():
+            assert found[name].dtype == given[name].dtype and found[name].device.type == where.type
         assert batch.counts.dtype == torch.int32
-    return mask_slowly(lists(inputs), whole_ngram)
+    return mask_slowly(as_lists(inputs), whole_ngram)
 
 
 def rows(offsets, values):
@@ -77,7 +85,7 @@ cases = st.tuples(
 def test_reference_equals_slow_masking(case, whole_ngram):
     inputs = make_inputs(*case)
     batch = ngram_masking(**inputs, whole_ngram=whole_ngram, impl="reference").trimmed()
-    assert lists(batch._asdict()) == mask_slowly(lists(inputs), whole_ngram)
+    assert as_lists(batch) == mask_slowly(as_lists(inputs), whole_ngram)
 
 
 @settings(max_examples=100, **with_fixtures)
@@ -91,18 +99,18 @@ def test_implementations_equal_slow_masking(device, poisoned_memory, case, whole
 @given(cases, st.booleans())
 def test_invariants(case, whole_ngram):
     inputs = make_inputs(*case)
-    before = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    before = {name: value.clone() for name, value in tensors(inputs).items()}
     batch = ngram_masking(**inputs, whole_ngram=whole_ngram).trimmed()
     masked = batch.labels != -100
     assert inputs["maskable"][masked].all()
     assert torch.equal(batch.labels[masked], inputs["input_ids"][masked])
     assert torch.equal(batch.input_ids[~masked], inputs["input_ids"][~masked])
-    assert not masked[batch.ngram_tokens].any()
+    assert not masked[batch.edges.ngram_tokens].any()
     if whole_ngram:
         drawn = inputs["maskable"] & (inputs["random"][:, 0] < inputs["mlm_probability"])
-        for tokens in rows(inputs["ngram_offsets"], inputs["ngram_tokens"]):
+        for tokens in rows(inputs["edges"].ngram_offsets, inputs["edges"].ngram_tokens):
             assert masked[tokens].all() or not drawn[tokens].any()
-    assert all(torch.equal(inputs[name], value) for name, value in before.items())
+    assert all(torch.equal(tensors(inputs)[name], value) for name, value in before.items())
 
 
 @pytest.fixture
@@ -133,7 +141,8 @@ RISING = [tuple(range(first, first + n)) for n in range(2, 6) for first in range
 )
 def test_cases(device, poisoned_memory, small_blocks, sequences, vocabulary, p, survivors, index_dtype, capacity):
     inputs = make_inputs(sequences, vocabulary, 3, p, capacity)
-    inputs.update({name: inputs[name].to(index_dtype) for name in GRAPH[1:]})
+    inputs["ngram_cu_seqlens"] = inputs["ngram_cu_seqlens"].to(index_dtype)
+    inputs["edges"] = NgramEdges(*(tensor.to(index_dtype) for tensor in inputs["edges"]))
     found = check(inputs, device)
     if survivors is None:
         masked = sum(label != -100 for label in found["labels"])
@@ -147,7 +156,7 @@ def test_a_token_under_fourteen(device, poisoned_memory):
     vocabulary = [tuple(range(first, first + n)) for n in range(2, 6) for first in range(3, 12 - n + 1)]
     inputs = make_inputs([range(3, 12)], vocabulary, 0)
     inputs["maskable"][1:-1] = True
-    assert inputs["token_offsets"].diff().max() == 14
+    assert inputs["edges"].token_offsets.diff().max() == 14
     inputs["random"] = torch.full((11, 3), 0.5, dtype=torch.float64)
     inputs["random"][5, 0] = 0.0
     assert check(inputs, device)["labels"] == [-100, *range(3, 12), -100]
@@ -228,15 +237,15 @@ def make_large_case(device):
 
 def test_same_integers_on_every_run(device):
     inputs = make_large_case(device)
-    first = ngram_masking(**inputs, impl="triton")
-    assert 0 < first.counts[0] < inputs["ngram_cu_seqlens"][-1]
+    first = as_lists(ngram_masking(**inputs, impl="triton"))
+    assert 0 < first["counts"][0] < inputs["ngram_cu_seqlens"][-1]
     for _ in range(50):
-        assert all(map(torch.equal, first, ngram_masking(**inputs, impl="triton")))
+        assert as_lists(ngram_masking(**inputs, impl="triton")) == first
 
 
 def test_no_host_synchronisation(device):
     inputs = make_large_case(device)
-    arguments = inputs["maskable"], *(inputs[name] for name in GRAPH), True
+    arguments = inputs["maskable"], inputs["ngram_input_ids"], inputs["ngram_cu_seqlens"], inputs["edges"], True
     with ForbidSynchronisation(device):
         triton_impl.mask_ngrams(*arguments)
     with pytest.raises((AssertionError, RuntimeError)), ForbidSynchronisation(device):
@@ -247,7 +256,8 @@ def test_no_host_synchronisation(device):
 @pytest.mark.parametrize("whole_ngram", [True, False], ids=["whole", "tokens"])
 def test_opcheck(device, impl, whole_ngram):
     inputs = make_large_case(device)
-    arguments = inputs["maskable"], *(inputs[name] for name in GRAPH), whole_ngram, impl
+    ngrams = inputs["ngram_input_ids"], inputs["ngram_cu_seqlens"], *inputs["edges"]
+    arguments = inputs["maskable"], *ngrams, whole_ngram, impl
     torch.library.opcheck(torch.ops.dnazen.ngram_masking.default, arguments)
 
 
@@ -259,17 +269,15 @@ def test_compiles_in_one_graph(device, impl):
         return ngram_masking(**inputs, impl=impl)
 
     compiled = torch.compile(mask, fullgraph=True, backend="aot_eager")
-    assert lists(compiled(inputs)._asdict()) == lists(mask(inputs)._asdict())
+    assert as_lists(compiled(inputs)) == as_lists(mask(inputs))
 
 
 def test_sliced_inputs(device):
     inputs = make_large_case(device)
-    expected = lists(ngram_masking(**inputs, impl="triton")._asdict())
-    sliced = {
-        name: torch.stack([x, x], dim=-1)[..., 0] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()
-    }
-    assert not sliced["ngram_tokens"].is_contiguous()
-    assert lists(ngram_masking(**sliced, impl="triton")._asdict()) == expected
+    expected = as_lists(ngram_masking(**inputs, impl="triton"))
+    sliced = tree_map_only(torch.Tensor, lambda x: torch.stack([x, x], dim=-1)[..., 0], inputs)
+    assert not sliced["edges"].ngram_tokens.is_contiguous()
+    assert as_lists(ngram_masking(**sliced, impl="triton")) == expected
 
 
 @pytest.mark.parametrize(
@@ -284,13 +292,23 @@ def test_sliced_inputs(device):
             r"random must have shape \[3, 3\], got \[3, 2\]",
         ),
         (
-            {"token_offsets": torch.zeros(3, dtype=torch.int32)},
+            {"edges": EMPTY._replace(token_offsets=torch.zeros(3, dtype=torch.int32))},
             ValueError,
             r"token_offsets must have shape \[4\], got \[3\]",
         ),
-        ({"ngram_offsets": torch.zeros(1)}, TypeError, "ngram_offsets must be torch.int32, got torch.float32"),
         (
-            {"ngram_tokens": torch.zeros(2, dtype=torch.int32)},
+            {"edges": EMPTY._replace(ngram_offsets=torch.zeros(1))},
+            TypeError,
+            "ngram_offsets must be torch.int32, got torch.float32",
+        ),
+        (
+            {"edges": EMPTY._replace(token_offsets=torch.zeros(4))},
+            TypeError,
+            "token_offsets must be torch.int32 or torch.int64, got torch.float32",
+        ),
+        ({"edges": EMPTY.to("meta")}, ValueError, "token_offsets must be on cpu like the tokens, got meta"),
+        (
+            {"edges": EMPTY._replace(ngram_tokens=torch.zeros(2, dtype=torch.int32))},
             ValueError,
             r"ngram_tokens must have shape \[0\], got \[2\]",
         ),
@@ -303,7 +321,7 @@ def test_sliced_inputs(device):
         (
             {"maskable_ids": torch.arange(5, device="meta")},
             ValueError,
-            "maskable_ids must be on cpu like input_ids, got meta",
+            "maskable_ids must be on cpu like the tokens, got meta",
         ),
         ({"mlm_probability": 1.5}, ValueError, r"mlm_probability must lie in \[0, 1\], got 1.5"),
         ({"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'triton', 'reference', got 'cuda'"),
@@ -318,8 +336,7 @@ def test_contract(change, error, message):
 def test_too_many_edges():
     """Tensors without memory are enough to see the limit of the packed scan."""
     inputs = to(make_inputs([[5]], [], 0), "meta")
-    inputs.update(
-        {name: torch.empty(2**31, dtype=torch.int32, device="meta") for name in ("token_ngrams", "ngram_tokens")}
-    )
+    many = torch.empty(2**31, dtype=torch.int32, device="meta")
+    inputs["edges"] = inputs["edges"]._replace(token_ngrams=many, ngram_tokens=many)
     with pytest.raises(ValueError, match="token_ngrams must hold fewer than 2.31 edges, got 2147483648"):
         ngram_masking(**inputs)

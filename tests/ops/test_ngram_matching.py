@@ -1,4 +1,4 @@
-"""Matching against a search by hand at every position; every case by the reference and by the device's implementation."""
+"""Matching against a search by hand at every position; each case by the reference and the device's implementation."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dnazen_kernels.ngram_matching import NgramTable, ngram_matching, triton_impl
 from dnazen_kernels.ngram_matching.table import FREE, home_slots, pack_ngrams
-from tests.helpers.oracles import match_slowly
+from tests.helpers.oracles import as_lists, match_slowly
 from tests.helpers.synchronisations import ForbidSynchronisation
 
 CLS, SEP = 1, 2
@@ -26,10 +26,6 @@ def make_table(vocabulary, vocab_size):
     return NgramTable.build(list(vocabulary), list(vocabulary.values()), vocab_size)
 
 
-def lists(matches):
-    return {name: tensor.tolist() for name, tensor in matches._asdict().items()}
-
-
 def worst_case(sequences):
     """A capacity that no batch exceeds: 4 G-grams begin at a token and have 14 tokens."""
     num_tokens = sum(map(len, sequences))
@@ -40,16 +36,17 @@ def check(sequences, vocabulary, vocab_size, device, max_ngrams=None, capacity=N
     """Both implementations against the slow search; returns what it found."""
     table = make_table(vocabulary, vocab_size)
     exact = ngram_matching(*make_batch(sequences), table, max_ngrams, impl="reference")
-    assert lists(exact) == match_slowly(sequences, vocabulary, max_ngrams)
+    assert as_lists(exact) == match_slowly(sequences, vocabulary, max_ngrams)
     capacity = worst_case(sequences) if capacity is None else capacity
     expected = match_slowly(sequences, vocabulary, max_ngrams, capacity)
     for impl, where in (("reference", torch.device("cpu")), ("triton", device)):
         batch = make_batch(sequences, where)
         matches = ngram_matching(*batch, table.to(where), max_ngrams, capacity=capacity, impl=impl)
-        assert lists(matches) == expected, impl
+        assert as_lists(matches) == expected, impl
         assert matches.ngram_input_ids.dtype == torch.int64
-        assert {tensor.dtype for tensor in matches[1:]} == {torch.int32}
-        assert {tensor.device.type for tensor in matches} == {where.type}
+        others = matches.ngram_cu_seqlens, *matches.edges, matches.counts
+        assert {tensor.dtype for tensor in others} == {torch.int32}
+        assert {tensor.device.type for tensor in (matches.ngram_input_ids, *others)} == {where.type}
     return match_slowly(sequences, vocabulary, max_ngrams)
 
 
@@ -58,10 +55,10 @@ def vocabularies_and_batches(draw):
     """Few tokens, so that G-grams recur, overlap each other and themselves; vocab_size up to 2 * 12 bits and over."""
     vocab_size = draw(st.sampled_from([FIRST_MASKABLE + 3, 4096]))
     token = st.integers(vocab_size - 3, vocab_size - 1)
-    ngrams = draw(st.lists(st.lists(token, min_size=2, max_size=5).map(tuple), max_size=12, unique=True))
+    ngrams = draw(st.as_lists(st.as_lists(token, min_size=2, max_size=5).map(tuple), max_size=12, unique=True))
     ids = draw(st.permutations(range(1, len(ngrams) + 1)))
-    body = st.lists(token, max_size=25)
-    sequences = draw(st.lists(body | body.map(lambda tokens: [CLS, *tokens, SEP]), max_size=5))
+    body = st.as_lists(token, max_size=25)
+    sequences = draw(st.as_lists(body | body.map(lambda tokens: [CLS, *tokens, SEP]), max_size=5))
     return sequences, dict(zip(ngrams, ids, strict=True)), vocab_size, draw(st.none() | st.integers(1, 4))
 
 
@@ -70,7 +67,7 @@ def vocabularies_and_batches(draw):
 def test_reference_equals_slow_search(case):
     sequences, vocabulary, vocab_size, max_ngrams = case
     matches = ngram_matching(*make_batch(sequences), make_table(vocabulary, vocab_size), max_ngrams)
-    assert lists(matches) == match_slowly(sequences, vocabulary, max_ngrams)
+    assert as_lists(matches) == match_slowly(sequences, vocabulary, max_ngrams)
 
 
 @settings(max_examples=100, **with_fixtures)
@@ -217,18 +214,18 @@ def make_large_case(device):
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.int64], ids=str)
 def test_integer_types(device, dtype):
     tokens, cu_seqlens, table = make_large_case(device)
-    expected = lists(ngram_matching(tokens, cu_seqlens, table, 9, capacity=(300, 3000), impl="triton"))
+    expected = as_lists(ngram_matching(tokens, cu_seqlens, table, 9, capacity=(300, 3000), impl="triton"))
     assert expected["counts"][0] > 0
     tokens, cu_seqlens = tokens.to(dtype), cu_seqlens.long()
     for impl in ("triton", "reference"):
-        assert lists(ngram_matching(tokens, cu_seqlens, table, 9, capacity=(300, 3000), impl=impl)) == expected
+        assert as_lists(ngram_matching(tokens, cu_seqlens, table, 9, capacity=(300, 3000), impl=impl)) == expected
 
 
 def test_same_integers_on_every_run(device):
     batch = make_large_case(device)
-    first = ngram_matching(*batch, capacity=(300, 3000), impl="triton")
+    first = as_lists(ngram_matching(*batch, capacity=(300, 3000), impl="triton"))
     for _ in range(50):
-        assert all(map(torch.equal, first, ngram_matching(*batch, capacity=(300, 3000), impl="triton")))
+        assert as_lists(ngram_matching(*batch, capacity=(300, 3000), impl="triton")) == first
 
 
 def test_no_host_synchronisation(device):
@@ -256,7 +253,7 @@ def test_compiles_in_one_graph(device, impl):
         return ngram_matching(tokens, cu_seqlens, table, 9, capacity=(300, 3000), impl=impl)
 
     compiled = torch.compile(match, fullgraph=True, backend="aot_eager")
-    assert lists(compiled(tokens, cu_seqlens)) == lists(match(tokens, cu_seqlens))
+    assert as_lists(compiled(tokens, cu_seqlens)) == as_lists(match(tokens, cu_seqlens))
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,11 @@ sys.modules["triton"] = sys.modules["flash_attn"] = None
 import torch
 from dnazen.models import DNAZenConfig, DNAZenModel
 from dnazen_kernels._runtime import resolve_impl
+from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_fusion import ngram_fusion
 
-csr = [torch.tensor(values, dtype=torch.int32) for values in ([0, 0, 2], [0, 0], [0, 2], [1, 1])]
-output = ngram_fusion(torch.zeros(2, 3), torch.ones(1, 3), *csr)
+edges = [torch.tensor(values, dtype=torch.int32) for values in ([0, 0, 2], [0, 0], [0, 2], [1, 1])]
+output = ngram_fusion(torch.zeros(2, 3), torch.ones(1, 3), NgramEdges(*edges))
 assert output.tolist() == [[0, 0, 0], [2, 2, 2]]
 DNAZenModel(DNAZenConfig.from_size("tiny", ngram_vocab_size=9))(torch.tensor([[1, 7, 2]]))
 assert resolve_impl("auto", torch.device("cuda")) == "reference"

@@ -14,6 +14,7 @@ from dnazen.batches.collator import Masking, PackedCollator
 from dnazen.batches.device import DeviceBatch
 from dnazen.data.corpus import Corpus
 from dnazen.ngram.vocab import load_ngrams
+from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_fusion import ngram_fusion, residual_layer_norm
 from dnazen_kernels.ngram_masking.triton_impl import _any_kernel
 from tests.helpers.genome import prepare_part
@@ -62,16 +63,16 @@ def variants(monkeypatch) -> dict[str, set[str]]:
 
 
 def run_fusions(batch: dict, device: torch.device) -> None:
-    """Both operators, forward and backward, on the graph of a batch."""
+    """Both operators, forward and backward, on the edges of a batch."""
     num_tokens, num_ngrams = len(batch["input_ids"]), len(batch["ngram_input_ids"])
     shapes = [(num_tokens, HIDDEN_SIZE)] * 2 + [(HIDDEN_SIZE,)] * 2 + [(num_ngrams, HIDDEN_SIZE)]
     x, residual, weight, bias, ngrams = (
         torch.ones(shape, dtype=torch.bfloat16, device=device).requires_grad_() for shape in shapes
     )
-    csr = [batch[name] for name in ("token_offsets", "token_ngrams", "ngram_offsets", "ngram_tokens")]
+    edges = NgramEdges(*(batch[name] for name in NgramEdges._fields))
     states = residual_layer_norm(x, residual, weight, bias, 1e-12, impl="triton")
-    states = residual_layer_norm(states, residual, weight, bias, 1e-12, ngrams, *csr, impl="triton")
-    ngram_fusion(states, ngrams, *csr, impl="triton").sum().backward()
+    states = residual_layer_norm(states, residual, weight, bias, 1e-12, ngrams, edges, impl="triton")
+    ngram_fusion(states, ngrams, edges, impl="triton").sum().backward()
 
 
 def test_batches_of_other_sizes_ask_for_no_other_variant(corpus, device, variants):

@@ -1,8 +1,8 @@
 """Self-attention of both encoders on packed input: the back-ends, the choice among them, and the projections.
 
 A back-end is a function `(cu_seqlens [B + 1] int32, max_seqlen, total, slopes [heads] fp32 or None) -> Attention`,
-called once for all layers of a forward pass. Each of the `total` rows belongs to a sequence: kernels would leave the
-output and the gradient of any other unwritten.
+called once for all layers of a forward pass. Each of the `total` rows must belong to a sequence: kernels leave the
+output and the gradient of uncovered rows uninitialised.
 """
 
 from dnazen.layers.attention.alibi import alibi_bias, alibi_slopes

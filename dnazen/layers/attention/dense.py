@@ -53,7 +53,7 @@ def eager_attention(cu_seqlens: Tensor, max_seqlen: int, total: int, slopes: Ten
     layout = PaddedLayout.from_cu_seqlens(cu_seqlens, max_seqlen, total)
     padded = padded_attention(cu_seqlens, max_seqlen, slopes)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
         context, weights = padded(*map(layout.pad, (query, key, value)))
         return layout.unpad(context), weights
 
@@ -75,13 +75,13 @@ def sdpa_attention(cu_seqlens: Tensor, max_seqlen: int, total: int, slopes: Tens
     def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
         contexts = [query[:0] + key[:0] + value[:0]]  # without a run the (zero) gradient still reaches all three
         for (start, count, length), mask in zip(runs, masks):
-            run = (
+            q, k, v = (
                 states[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
                 for states in (query, key, value)
             )
             if mask is not None and not query.is_cpu:
                 mask = mask.to(query.dtype)  # the CPU kernel takes an fp32 bias with bf16 states, those for CUDA do not
-            context = F.scaled_dot_product_attention(*run, attn_mask=mask)
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             contexts.append(context.transpose(1, 2).flatten(0, 1))
         return torch.cat(contexts), None
 

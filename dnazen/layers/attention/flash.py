@@ -19,7 +19,7 @@ def flash_attention_2(cu_seqlens: Tensor, max_seqlen: int, total: int, slopes: T
 
 
 def flash_attention_4(cu_seqlens: Tensor, max_seqlen: int, total: int, slopes: Tensor | None) -> Attention:
-    """FlashAttention-4; it has no `alibi_slopes`, so ALiBi is a `score_mod` that reads them from an auxiliary tensor."""
+    """FlashAttention-4; it has no `alibi_slopes`: ALiBi is a `score_mod` that reads them from an auxiliary tensor."""
     from flash_attn.cute.interface import flash_attn_varlen_func
 
     modification = {}

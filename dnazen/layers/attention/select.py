@@ -1,7 +1,6 @@
 """Which back-end attention runs on: chosen once for a device and type, with the reason why each better one was not."""
 
 import importlib
-import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ BACKENDS = {
 # What the check runs on: neighboring groups of sequences, together a batch. FlashAttention-4 compiles other kernels
 # for more than 256 sequences, and for a longest one of at most 128, 192 or 256 rows (by architecture and head_dim), and
 # FlexAttention for at most 128 rows in all; the batches are of each kind. Sequences are alone, empty, and whole tiles.
-_PARITY_GROUPS = (300,), tuple(i // 100 for i in range(300)), (45, 0, 17), (200, 1, 0, 128)
+_PARITY_GROUPS: tuple[tuple[int, ...], ...] = (300,), tuple(i // 100 for i in range(300)), (45, 0, 17), (200, 1, 0, 128)
 _PARITY_BATCHES = [slice(first, end) for first, end in ((0, 1), (2, 3), (3, 4), (0, 2), (1, 3), (1, 4))]
 
 
@@ -151,7 +150,7 @@ def _disagreement(
 
     def run(backend: str, batch: slice, slopes: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Context and, if training, the three gradients, `[1 or 4, total, heads, head_dim]` fp64."""
-        lengths = list(itertools.chain(*_PARITY_GROUPS[batch]))
+        lengths = [length for group in _PARITY_GROUPS[batch] for length in group]
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
         *states, grad = (states.to(dtype).requires_grad_(training) for states in torch.cat(drawn[batch], dim=1))
         context, _ = packed_attention(backend, cu_seqlens, max(lengths), sum(lengths), slopes)(*states)

@@ -184,7 +184,7 @@ def measure(
     config = DNAZenConfig.from_size(
         model, vocab_size=len(corpus.tokenizer), ngram_vocab_size=vocabulary.vocab_size, impl=impl
     )
-    if attn_implementation is not None:
+    if attn_implementation is not None and impl != "reference":
         config._attn_implementation = attn_implementation
     collator = PackedCollator(corpus.tokenizer, vocabulary, Masking(0.15, True, 42))
     longest = corpus.manifest["parameters"]["max_tokens"] + SPECIAL_TOKENS_PER_SEQUENCE
