@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from dnazen.files import InputError
+from dnazen.training.configurations import find_configuration
 from dnazen.training.script import refuse_flags, require_one_device
 from dnazen_kernels.ngram_masking import MASK_SHARE
 
@@ -188,6 +189,7 @@ class PretrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         refuse_flags(self, REFUSED)
+        self.deepspeed = find_configuration(self.deepspeed)
         for name in ("logging_strategy", "eval_strategy", "save_strategy"):
             if getattr(self, name) not in ("no", "steps"):
                 raise InputError(f"--{name} must be no or steps, for the data has no end, got {getattr(self, name)}")

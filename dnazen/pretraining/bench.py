@@ -3,10 +3,8 @@
 import importlib.metadata
 import importlib.util
 import multiprocessing
-import os
 import platform
 import resource
-import socket
 import sys
 import tempfile
 import time
@@ -26,7 +24,8 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from dnazen.batches.collator import Masking, PackedCollator, PackedDataset
 from dnazen.batches.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch
 from dnazen.data.corpus import Corpus
-from dnazen.environment import grow_memory_segments
+from dnazen.defaults import BENCH_SECONDS, MODEL_SIZE
+from dnazen.environment import grow_memory_segments, stand_alone
 from dnazen.files import InputError, atomic_directory, read_json, write_json
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.models.modeling_dnazen import BACKENDS
@@ -295,12 +294,8 @@ def measure(
     fusion an einsum and attention explicit; nothing is compiled. To `profile_folder`, unless it is None, goes a profile
     of some further steps.
     """
-    if deepspeed is not None:  # which wants to be told that it is alone
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if deepspeed is not None:
+        stand_alone()
     set_seed(42)
     corpus = Corpus.open(corpus_dir)
     vocabulary = load_ngrams(ngrams_dir, corpus)
@@ -377,9 +372,9 @@ def bench(
     ngrams: str,
     output_dir: str,
     *,
-    model: str = "tiny",
+    model: str = MODEL_SIZE,
     impl: list[str] | None = None,
-    seconds: float = 30.0,
+    seconds: float = BENCH_SECONDS,
     max_batch_tokens: int | None = None,
     precision: str | None = None,
     deepspeed: str | None = None,

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from dnazen.environment import report_interrupt
 from dnazen.files import InputError
 
 
@@ -22,6 +23,8 @@ def run_script(work: Callable[[], None]) -> int:
     except (InputError, OSError, FloatingPointError) as error:
         print(f"dnazen: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return report_interrupt()
     finally:
         leave_process_group()
     return 0
