@@ -18,6 +18,7 @@ from dnazen.pretraining.prepare import PACKAGED_GENOME
 from tests.finetuning.conftest import motif_row, write_splits
 from tests.helpers.launch import environment, free_port
 from tests.helpers.published import write_dnabert2
+from tests.test_packaging import ARROWS
 
 # a few steps are enough to see that a command runs; what a reader would wait for is measured elsewhere
 SHORT = ["--max_steps", "2", "--eval_steps", "2", "--disable_tqdm", "True", "--max_batch_tokens", "1024"]
@@ -51,7 +52,9 @@ class Block(NamedTuple):
 
 def blocks(text: str) -> list[Block]:
     pattern = r"(?:^<!-- not run: ([^>]+) -->\n)?^```(\w+)\n(.*?)^```"
-    return [Block(*found) for found in re.findall(pattern, text, flags=re.MULTILINE | re.DOTALL)]
+    found = [Block(*block) for block in re.findall(pattern, text, flags=re.MULTILINE | re.DOTALL)]
+    assert text.count("```") == 2 * len(found)  # none is written so that it would be passed over
+    return found
 
 
 def pages(root: Path) -> list[Path]:
@@ -176,8 +179,9 @@ def test_the_readme_is_short(root):
 
 
 def test_links_and_pictures_lead_somewhere(root):
-    """Relative ones, in the README, the chapters and the other pages at the root, with their anchors."""
-    for page in (*pages(root), root / "CHANGELOG.md"):
+    """Relative ones, on all pages of the project, with their anchors."""
+    others = ("CHANGELOG.md", "benchmarks/README.md", "benchmarks/learning.md", "kernels/README.md")
+    for page in (*pages(root), *(root / name for name in others)):
         text = page.read_text()
         targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
         for target in targets:
@@ -195,6 +199,28 @@ def anchors(text: str) -> set[str]:
     """What the headings of a page can be linked by."""
     titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+def test_the_map_of_the_rooms_is_the_one_that_imports_are_held_to(root):
+    """What each room rests on, over any number of arrows, is the same drawn as in `ARROWS`."""
+
+    def reach(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
+        reached = {}
+        for name, below in arrows.items():  # from the lowest up
+            reached[name] = below.union(*(reached[other] for other in below))
+        return reached
+
+    block = blocks((root / "docs" / "architecture.md").read_text())[0]
+    drawn = {line.split()[0]: set() for line in block.text.splitlines()}
+    for name, below in re.findall(r"^(\w+) +<- ([\w, ]+?)  ", block.text, flags=re.MULTILINE):
+        drawn[name] |= set(below.split(", "))
+    assert drawn.pop("cli") == {"all"} and ARROWS["dnazen.cli"] is None
+    held = {
+        re.sub(r"^dnazen[._]", "", name): set(re.findall(r"dnazen[._](\w+)", below))
+        for name, below in ARROWS.items()
+        if below is not None and name != "dnazen"
+    }
+    assert reach(drawn) == reach(held)
 
 
 def test_the_messages_of_the_chapter_on_trouble_are_in_the_code(root):
