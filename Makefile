@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --prefer-binary --constraint constraints.txt
 
-.PHONY: pretrain test lint
+.PHONY: pretrain test lint docs
 pretrain: .venv/installed
 	PATH="$(CURDIR)/.venv/bin:$$PATH" deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json
 
@@ -16,6 +16,9 @@ lint: .venv/installed-test
 	mkdir -p build/lint && ln -sfn "$(CURDIR)/kernels" build/lint/dnazen_kernels
 	MYPYPATH=build/lint .venv/bin/mypy
 
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
 # torch comes first: what follows then accepts the build that is there
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,4 +29,8 @@ lint: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(PIP) --no-build-isolation --editable '.[test]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(PIP) --no-build-isolation --editable '.[docs]'
 	touch $@
