@@ -1,9 +1,10 @@
-"""Packaging of DNAZEN: `dnazen/` as it is, `kernels/` under the import name `dnazen_kernels`."""
+"""Packaging of DNAZEN: `dnazen/` as it is, `kernels/` and `ds_configs/` as `dnazen_kernels` and `dnazen_ds_configs`."""
 
 from setuptools import find_packages, setup
 
 # `transformers` probes for a package called `kernels`, so ours is installed under another name.
 KERNELS = "dnazen_kernels"
+DS_CONFIGS = "dnazen_ds_configs"
 kernel_packages = [KERNELS] + [f"{KERNELS}.{name}" for name in find_packages("kernels")]
 
 setup(
@@ -12,9 +13,9 @@ setup(
     description="Pretraining and fine-tuning of DNAZEN, a DNA language model with G-grams",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
-    packages=find_packages(include=["dnazen", "dnazen.*"]) + kernel_packages,
-    package_dir={KERNELS: "kernels"},
-    package_data={"dnazen.data": ["genomes/*.fna.gz"]},
+    packages=find_packages(include=["dnazen", "dnazen.*"]) + kernel_packages + [DS_CONFIGS],
+    package_dir={KERNELS: "kernels", DS_CONFIGS: "ds_configs"},
+    package_data={"dnazen.data": ["genomes/*.fna.gz"], DS_CONFIGS: ["*.json"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

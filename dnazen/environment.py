@@ -1,6 +1,8 @@
-"""What must be in the environment before torch is imported; imports nothing itself."""
+"""What must hold before torch is imported, which takes seconds; imports nothing heavy itself."""
 
 import os
+import socket
+import sys
 
 
 def grow_memory_segments() -> None:
@@ -10,3 +12,18 @@ def grow_memory_segments() -> None:
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def stand_alone() -> None:
+    """Set what a launcher sets for the only process of a run: DeepSpeed wants to be told that it is alone."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def report_interrupt() -> int:
+    """Say in one line that Ctrl-C ended this process; returns its exit status, as shells have it."""
+    print("dnazen: interrupted", file=sys.stderr)
+    return 130

@@ -62,6 +62,18 @@ def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
     return value
 
 
+def require_new_directory(path: Path) -> None:
+    """InputError if `path` already exists and is not an empty directory."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: already exists; choose another directory or remove this one")
+
+
+def require_new_file(path: Path) -> None:
+    """InputError if `path` already exists."""
+    if path.exists():
+        raise InputError(f"{path}: already exists; choose another name or remove it")
+
+
 @contextlib.contextmanager
 def atomic_directory(
     path: str | os.PathLike, is_resumable: Callable[[Path], bool] = lambda leftover: False
@@ -76,8 +88,7 @@ def atomic_directory(
         InputError: `path` already exists and is not an empty directory; nothing in it is touched.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path}: already exists; choose another directory or remove this one")
+    require_new_directory(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, leftovers = _temporary_beside(path)
     resumed = next(filter(is_resumable, leftovers), None)
@@ -110,8 +121,8 @@ def atomic_file(path: str | os.PathLike, may_exist: bool = False) -> Iterator[Pa
         InputError: `path` already exists and may not; it is not touched.
     """
     path = Path(path)
-    if path.exists() and not may_exist:
-        raise InputError(f"{path}: already exists; choose another name or remove it")
+    if not may_exist:
+        require_new_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, leftovers = _temporary_beside(path)
     for leftover in leftovers:

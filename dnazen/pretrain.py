@@ -11,12 +11,15 @@ from pathlib import Path
 # the launcher puts this folder first on the path, where `data`, `models`, ... would shadow other packages
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from dnazen.environment import grow_memory_segments  # noqa: E402
+from dnazen.environment import grow_memory_segments, report_interrupt  # noqa: E402
 
 grow_memory_segments()
 
-from dnazen.pretraining.command import main  # noqa: E402
-from dnazen.training.script import exit_process  # noqa: E402
+try:
+    from dnazen.pretraining.command import main
+    from dnazen.training.script import exit_process
+except KeyboardInterrupt:  # it takes seconds
+    sys.exit(report_interrupt())
 
 if __name__ == "__main__":
     exit_process(main())

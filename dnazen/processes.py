@@ -90,6 +90,7 @@ def map_in_order(function: Callable[[Job], Any], jobs: Iterable[Job], num_worker
 def _start(function: Callable, parent: int) -> None:
     global _function
     _function = function
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process, and the parent is the one to say so
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     die_with(parent)
 

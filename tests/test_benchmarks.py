@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 from benchmarks import attention, budget, carry, gpu, gpu_page, registry, rehearsal, roofline, run
 from benchmarks.batches import Genome, make_batch, ngrams_of
 from benchmarks.registry import MODES, OPERATORS, Sizes
-from dnazen.cli.main import _make_parser
+from dnazen.cli.main import parse_arguments
 from dnazen.files import InputError
 from dnazen.layers.attention import BACKENDS
 from dnazen.models import DNAZenConfig
@@ -409,7 +409,7 @@ def test_commands_for_a_gpu_are_ones_that_the_programs_take(monkeypatch, root):
     for step in steps:
         words = shlex.split(step.command.format(out="out", data="data", port=1, fastest="--torch-compile"))
         if "dnazen.cli.main" in words:
-            _make_parser().parse_args(words[words.index("dnazen.cli.main") + 1 :])
+            parse_arguments(words[words.index("dnazen.cli.main") + 1 :])
         elif "dnazen/pretrain.py" in words:
             dataclasses = (DataArguments, PretrainingArguments)
             HfArgumentParser(dataclasses).parse_args(words[words.index("dnazen/pretrain.py") + 1 :])

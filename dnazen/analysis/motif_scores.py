@@ -44,6 +44,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dnazen.analysis.motif_files import Motif
+from dnazen.defaults import SHUFFLES
 from dnazen.files import InputError
 
 MATCH_TAIL = 1e-3  # chance of a place in random sequence to score as high as a match
@@ -81,7 +82,7 @@ class MotifEnrichment:
 
 
 def score_motifs(
-    ngrams: Sequence[Sequence[str]], motifs: Sequence[Motif], num_shuffles: int = 199, seed: int = 0
+    ngrams: Sequence[Sequence[str]], motifs: Sequence[Motif], num_shuffles: int = SHUFFLES, seed: int = 0
 ) -> MotifEnrichment:
     """Match different G-grams, given as tokens of A, C, G, T, against motifs, and their shuffles too; see the module.
 

@@ -19,6 +19,7 @@ from dnazen.analysis.motif_files import Motif, load_motifs
 from dnazen.analysis.motif_scores import MATCH_TAIL, MIN_INFORMATION, Matches, column_information, score_motifs
 from dnazen.data.fasta import reverse_complement
 from dnazen.data.tokenizer import tokenizer_checksum
+from dnazen.defaults import SHUFFLES
 from dnazen.files import InputError, atomic_directory, sha256_file, write_json
 from dnazen.ngram.vocab import MANIFEST_FILE, open_ngrams
 
@@ -50,7 +51,7 @@ def build_motifs(
     motifs: str | PathLike,
     output_dir: str | PathLike,
     tokenizer: str | None = None,
-    shuffles: int = 199,
+    shuffles: int = SHUFFLES,
     seed: int = 0,
 ) -> MotifReport:
     """Compare G-grams with the motifs of a file (see `load_motifs`); write tables and logos into a folder.

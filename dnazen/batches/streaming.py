@@ -8,11 +8,11 @@ import torch
 
 from dnazen.batches.collator import PackedCollator, move_batch
 from dnazen.batches.sampler import SPECIAL_TOKENS_PER_SEQUENCE, pack_by_budget
+from dnazen.defaults import MAX_BATCH_TOKENS
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 
-MAX_BATCH_TOKENS = 8192
 # Sequences are sorted by length within so many batches' worth; their tokens and results are all that is in memory.
 _SORTED_BATCHES = 8
 

@@ -155,7 +155,7 @@ def spell_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def _read_sequences(paths: Sequence[str | PathLike]) -> Iterator[str]:
-    with tqdm(desc="reading", unit=" bases", unit_scale=True) as progress:
+    with tqdm(desc="reading", disable=None, unit=" bases", unit_scale=True) as progress:
         for path in paths:
             for record in read_fasta(path):
                 yield record.sequence

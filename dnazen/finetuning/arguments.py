@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from dnazen.files import InputError
 from dnazen.finetuning.tasks import TASKS, Classification
+from dnazen.training.configurations import find_configuration
 from dnazen.training.script import refuse_flags, require_one_device
 
 _BEST = "has no effect: the model that is best on dev is kept, and nothing else"
@@ -117,6 +118,7 @@ class FinetuningArguments(TrainingArguments):
 
     def __post_init__(self):
         refuse_flags(self, REFUSED)
+        self.deepspeed = find_configuration(self.deepspeed)
         if self.output_dir is None:
             raise InputError("--output-dir is needed: where the results go")
         if self.eval_strategy not in ("epoch", "steps"):

@@ -4,12 +4,13 @@ import logging
 from os import PathLike
 from pathlib import Path
 
+from dnazen.defaults import GUE_LEARNING_RATE, GUE_SEEDS
 from dnazen.files import InputError, lock_run
 from dnazen.finetuning.finetuned import PRECISIONS
 from dnazen.gue.datasets import choose_datasets, count_all_overlaps, describe_data
 from dnazen.gue.jobs import is_finished, make_job
 from dnazen.gue.models import list_models
-from dnazen.gue.protocol import LEARNING_RATE, SEQUENCES_PER_STEP
+from dnazen.gue.protocol import SEQUENCES_PER_STEP
 from dnazen.gue.report import write_report
 from dnazen.gue.schedule import run_jobs
 
@@ -17,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 def run_gue(
-    data: str | PathLike, models: list[str], output_dir: str | PathLike, seeds: int = 3, tasks: list[str] | None = None,
-    no_ngrams: bool = False, learning_rate: float = LEARNING_RATE, epochs: float | None = None,
+    data: str | PathLike, models: list[str], output_dir: str | PathLike, seeds: int = GUE_SEEDS, tasks: list[str] | None = None,
+    no_ngrams: bool = False, learning_rate: float = GUE_LEARNING_RATE, epochs: float | None = None,
     max_steps: int | None = None, jobs_per_device: int | None = None, precision: str | None = None,
     attn_implementation: str | None = None,
 ) -> tuple[str, bool]:  # fmt: skip

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from dnazen.gue.paper import DATASETS
 
-LEARNING_RATE = 3e-5
 SEQUENCES_PER_STEP = 32
 
 

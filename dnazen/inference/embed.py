@@ -8,35 +8,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from dnazen.batches.streaming import MAX_BATCH_TOKENS, run_batches
+from dnazen.batches.streaming import run_batches
 from dnazen.data.fasta import reverse_complement
 from dnazen.data.sequences import read_blocks
+from dnazen.defaults import MAX_BATCH_TOKENS, POOLING, PRECISION, STRIDE_BASES, WINDOW_BASES
 from dnazen.files import InputError, atomic_file
 from dnazen.inference.loading import InferenceModel, load_for_inference
 from dnazen.inference.vector_files import FORMATS, Rows, join_rows
-from dnazen.inference.windows import WINDOW_BASES, Window, check_window, cut_windows
+from dnazen.inference.windows import Window, check_window, cut_windows
 from dnazen.models import DNAZenModel
 
 logger = logging.getLogger(__name__)
 
 POOLINGS = ("mean", "max", "cls", "token", "base")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def embed(
     model: str,
     input: str | PathLike,
     output: str | PathLike,
-    pooling: str = "mean",
+    pooling: str = POOLING,
     layer: int | None = None,
     both_strands: bool = False,
     window: int = WINDOW_BASES,
-    stride: int = WINDOW_BASES // 2,
-    precision: str = "fp32",
+    stride: int = STRIDE_BASES,
+    precision: str = PRECISION,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
+    attn_implementation: str | None = None,
 ) -> dict[str, int]:
     """Write the vectors of all records of a FASTA or CSV file; at most some batches of them are in memory.
 
@@ -60,6 +60,7 @@ def embed(
         window, stride: in bases; windows begin at most `stride` after the last.
         precision: of weights and states; the vectors are fp32 all the same.
         max_batch_tokens: changes the vectors by rounding alone.
+        attn_implementation: as in `load_for_inference`; changes the vectors by rounding alone.
 
     Returns:
         Counts: records, rows, dimensions, windows, bases, other_letters, empty_records (which have no base of A, C, G,
@@ -79,7 +80,7 @@ def embed(
     with ExitStack() as stack:
         # first of all, for an output that exists is known at once
         target = stack.enter_context(atomic_file(output))
-        loaded = load_for_inference(model, DNAZenModel, PRECISIONS[precision])
+        loaded = load_for_inference(model, DNAZenModel, precision, attn_implementation)
         config = loaded.model.config
         if layer is not None and not 0 <= layer <= config.num_hidden_layers:
             raise InputError(f"layer: expected 0 (the embeddings) to {config.num_hidden_layers}, found {layer}")

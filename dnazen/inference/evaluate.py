@@ -5,13 +5,21 @@ from pathlib import Path
 
 from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.tokenizer import tokenizer_checksum
+from dnazen.defaults import PRECISION
 from dnazen.evaluation.held_out import Evaluation, evaluate_split, evaluation_record
 from dnazen.files import InputError, atomic_directory, write_json
 from dnazen.inference.loading import load_for_inference
 from dnazen.models import DNAZenForMaskedLM
 
 
-def evaluate(model: str, corpus: str, output_dir: str | Path, fasta: list[str] | None = None) -> tuple[Evaluation, str]:
+def evaluate(
+    model: str,
+    corpus: str,
+    output_dir: str | Path,
+    fasta: list[str] | None = None,
+    precision: str = PRECISION,
+    attn_implementation: str | None = None,
+) -> tuple[Evaluation, str]:
     """Evaluate a trained model on what its corpus holds out, or on other genomes; write `evaluation.json`.
 
     Args:
@@ -19,6 +27,7 @@ def evaluate(model: str, corpus: str, output_dir: str | Path, fasta: list[str] |
         corpus: what it was trained on; its training split is what the baselines count.
         output_dir: a new folder.
         fasta: genomes to evaluate on instead of the corpus' held-out split; cut and tokenized as the corpus was.
+        precision, attn_implementation: as in `load_for_inference`.
 
     Returns:
         The evaluation, and what it is of.
@@ -27,7 +36,7 @@ def evaluate(model: str, corpus: str, output_dir: str | Path, fasta: list[str] |
         InputError: model and corpus do not belong together, or a file cannot be used.
     """
     opened = Corpus.open(corpus)
-    loaded = load_for_inference(model, DNAZenForMaskedLM)
+    loaded = load_for_inference(model, DNAZenForMaskedLM, precision, attn_implementation)
     if tokenizer_checksum(loaded.tokenizer) != tokenizer_checksum(opened.tokenizer):
         raise InputError(f"{corpus}: expected a corpus made with the tokenizer of {model}, found another")
     with atomic_directory(output_dir) as directory, tempfile.TemporaryDirectory() as scratch:

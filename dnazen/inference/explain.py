@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dnazen.batches.streaming import MAX_BATCH_TOKENS, run_batches
+from dnazen.batches.streaming import run_batches
 from dnazen.data.sequences import read_blocks
+from dnazen.defaults import MAX_BATCH_TOKENS, PRECISION, STRIDE_BASES, WINDOW_BASES
 from dnazen.files import InputError, atomic_directory
 from dnazen.inference.loading import load_for_inference
-from dnazen.inference.windows import WINDOW_BASES, Window, check_window, cut_windows
+from dnazen.inference.windows import Window, check_window, cut_windows
 from dnazen.models import DNAZenModel
 
 TABLE_FILE, PICTURE_FILE = "ngrams.tsv", "attention.png"
@@ -49,8 +50,9 @@ def explain(
     output_dir: str | PathLike,
     motif: str | None = None,
     window: int = WINDOW_BASES,
-    stride: int = WINDOW_BASES // 2,
+    stride: int = STRIDE_BASES,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
+    precision: str = PRECISION,
 ) -> Summary:
     """Write the G-grams of all records of a FASTA or CSV file, and their attention, into a folder.
 
@@ -68,6 +70,7 @@ def explain(
         motif: IUPAC codes, looked for on the strand that is given.
         window, stride: as in `embed`, in bases.
         max_batch_tokens: changes the weights by rounding alone.
+        precision: of the model's weights and states; attention is eager, which alone returns its weights.
 
     Raises:
         InputError: an argument is out of its range; the model has no G-grams; see `load_for_inference`, `read_blocks`.
@@ -80,7 +83,7 @@ def explain(
     shares: list[np.ndarray] = []  # [G-grams with and without the motif, layers] of windows where one covers it
     with ExitStack() as stack:
         directory = stack.enter_context(atomic_directory(output_dir))
-        loaded = load_for_inference(model, DNAZenModel, attn_implementation="eager")
+        loaded = load_for_inference(model, DNAZenModel, precision, "eager")
         num_layers = loaded.model.config.num_hidden_ngram_layers
         if not loaded.vocabulary.ngrams:
             raise InputError(f"{model}: expected a model with G-grams, found none (no ngram.json)")

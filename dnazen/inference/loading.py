@@ -7,10 +7,13 @@ from transformers import PreTrainedTokenizerFast
 
 from dnazen.batches.collator import PackedCollator
 from dnazen.data.tokenizer import spell_tokens
+from dnazen.defaults import PRECISION
 from dnazen.files import InputError
 from dnazen.models.hub import fetch_model, load_vocabularies
 from dnazen.models.modeling_dnazen import DNAZenPreTrainedModel
 from dnazen.ngram.vocab import NgramVocabulary
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class InferenceModel(NamedTuple):
@@ -38,7 +41,7 @@ class InferenceModel(NamedTuple):
 def load_for_inference(
     name: str,
     model_class: type[DNAZenPreTrainedModel],
-    dtype: torch.dtype = torch.float32,
+    precision: str = PRECISION,
     attn_implementation: str | None = None,
 ) -> InferenceModel:
     """Load a model, a folder or a name on the Hugging Face hub, on the GPU if there is one.
@@ -49,20 +52,22 @@ def load_for_inference(
         name: of the folder or of the hub's model.
         model_class: which parts of the model are used; one that the folder lacks is an error, or logged if it may be
             new.
-        dtype: of weights and states.
-        attn_implementation: as in `from_pretrained`; "eager" alone returns attention weights.
+        precision: of weights and states: "fp32" or "bf16".
+        attn_implementation: as in `from_pretrained`; None: the best that runs. "eager" alone returns attention weights.
 
     Raises:
-        InputError: there is no such model; a file is missing or does not fit the others; see
+        InputError: an argument is unknown; there is no such model; a file is missing or does not fit the others; see
             `StrictLoading.from_pretrained`.
     """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision: expected {' or '.join(PRECISIONS)}, found {precision!r}")
     folder = fetch_model(name)
     tokenizer, vocabulary = load_vocabularies(folder)
     options: dict[str, Any] = {"attn_implementation": attn_implementation}
     if vocabulary is None:
         vocabulary = NgramVocabulary([], [])
         options["ngram_vocab_size"] = vocabulary.vocab_size
-    model = model_class.from_pretrained(folder, dtype=dtype, **options)
+    model = model_class.from_pretrained(folder, dtype=PRECISIONS[precision], **options)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     collator = PackedCollator(tokenizer, vocabulary, use_ngrams=model.config.use_ngrams)
     return InferenceModel(model, tokenizer, vocabulary, collator, spell_tokens(tokenizer))

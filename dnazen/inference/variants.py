@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dnazen import __version__
 from dnazen.batches.streaming import run_batches
 from dnazen.data.fasta import reverse_complement
+from dnazen.defaults import FLANK_BASES, MAX_VARIANT_TOKENS, PRECISION
 from dnazen.files import InputError, atomic_file
 from dnazen.inference.explain import IUPAC_BASES
 from dnazen.inference.loading import InferenceModel, load_for_inference
@@ -21,9 +22,6 @@ from dnazen.inference.reference import Reference
 from dnazen.inference.vcf import VcfFile, add_info, create_vcf, name_record
 from dnazen.models import DNAZenForMaskedLM
 
-FLANK_BASES = 256
-# The scores of 4,096 tokens at every masked one are kept for some batches.
-MAX_BATCH_TOKENS = 4096
 _BASES = re.compile("[ACGT]+")
 _CODES = {code: bases for code, bases in IUPAC_BASES.items() if code != "N"}
 _FIELDS = {
@@ -46,7 +44,9 @@ def variants(
     fasta: str | PathLike,
     output: str | PathLike,
     flank: int = FLANK_BASES,
-    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    max_batch_tokens: int = MAX_VARIANT_TOKENS,
+    precision: str = PRECISION,
+    attn_implementation: str | None = None,
 ) -> dict[str, int]:
     """Write the VCF again with four more INFO fields, a value for each ALT allele; the rest of each line as it is.
 
@@ -72,6 +72,7 @@ def variants(
         output: .vcf, or .vcf.gz for BGZF.
         flank: in bases.
         max_batch_tokens: changes the scores by rounding alone.
+        precision, attn_implementation: as in `load_for_inference`.
 
     Returns:
         Counts: records, ambiguous (those whose REF has a base for an IUPAC code of the reference), alleles, scored,
@@ -94,7 +95,7 @@ def variants(
         for record, _ in file.records():
             counts["ambiguous"] += _check(record, vcf, reference)
             counts["records"] += 1
-        loaded = load_for_inference(model, DNAZenForMaskedLM)
+        loaded = load_for_inference(model, DNAZenForMaskedLM, precision, attn_implementation)
         progress = stack.enter_context(tqdm(desc="scoring", unit=" records", total=counts["records"], disable=None))
         written = stack.enter_context(create_vcf(target, output))
         written.write(header.encode())

@@ -19,8 +19,6 @@ from typing import IO, NamedTuple
 from dnazen.data.fasta import FastaBlock
 from dnazen.files import InputError
 
-# What 510 tokens of a corpus take up, at 4 bases a token.
-WINDOW_BASES = 2040
 _STRETCH = re.compile(b"[ACGT]+|[^ACGT]+")
 _HELD_BYTES = 1 << 24
 

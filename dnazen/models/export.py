@@ -4,11 +4,13 @@ import logging
 from dataclasses import fields
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
 
-from dnazen.data.tokenizer import load_tokenizer, save_tokenizer
+from dnazen.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, save_tokenizer
 from dnazen.files import InputError, atomic_directory, write_json
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM, DNAZenForSequenceClassification
 from dnazen.ngram.vocab import NgramVocabulary
@@ -66,5 +68,16 @@ def export_model(model_dir: str | PathLike, output_dir: str | PathLike) -> int:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         write_json(directory / "config.json", dict(sorted(values.items())))
         save_tokenizer(tokenizer, directory)
+        write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer))
         vocabulary.save_pretrained(directory, tokenizer)
     return model.num_parameters()
+
+
+def _tokenizer_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The tokenizer's configuration as transformers 4 writes it, which transformers 5 reads too.
+
+    Transformers 5 calls the class of every such tokenizer `TokenizersBackend`, a name that 4 does not know.
+    """
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.model_max_length}
+    config["clean_up_tokenization_spaces"] = False
+    return {**config, **{role: getattr(tokenizer, role) for role in SPECIAL_TOKENS}}

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dnazen.defaults import DEVICE, LONG_PIECES, MAX_LEN, MIN_COUNT, MIN_LEN, MIN_PAIR_COUNT, MIN_PMI, NUM_WORKERS
 from dnazen.files import InputError
 from dnazen.ngram.count import Runs, Shard, count_pairs, count_runs, token_size
 from dnazen.ngram.links import Links, link_pairs, measure_pmis
@@ -39,14 +40,14 @@ def extract_ngrams(
     shards: Sequence[Shard],
     *,
     vocab_size: int,
-    min_pmi: float = 2.0,
-    min_count: int = 5,
-    min_pair_count: int = 5,
-    min_len: int = 2,
-    max_len: int = 5,
-    long_pieces: str = "drop",
-    num_workers: int = 1,
-    device: str = "cpu",
+    min_pmi: float = MIN_PMI,
+    min_count: int = MIN_COUNT,
+    min_pair_count: int = MIN_PAIR_COUNT,
+    min_len: int = MIN_LEN,
+    max_len: int = MAX_LEN,
+    long_pieces: str = LONG_PIECES,
+    num_workers: int = NUM_WORKERS,
+    device: str = DEVICE,
 ) -> NgramExtraction:
     """Extract the G-grams of a corpus; the result depends on neither `num_workers`, `device`, nor the shards.
 

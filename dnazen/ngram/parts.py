@@ -22,6 +22,7 @@ import torch
 from dnazen import __version__
 from dnazen.data.corpus import Corpus
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_checksum
+from dnazen.defaults import DEVICE, MIN_COUNT, NUM_WORKERS
 from dnazen.files import InputError, atomic_directory, read_json, sha256_file, write_json
 from dnazen.ngram.build import write_manifest, write_ngrams
 from dnazen.ngram.count import PairCounts, Runs, Shard, count_pairs, count_runs, merge_runs, read_slice
@@ -39,8 +40,8 @@ def build_counts(
     *,
     shard: tuple[int, int] = (1, 1),
     pairs: Sequence[str | PathLike] = (),
-    num_workers: int = 1,
-    device: str = "cpu",
+    num_workers: int = NUM_WORKERS,
+    device: str = DEVICE,
     **thresholds: int | float | str,
 ) -> dict[str, Any]:
     """Count the pairs of a corpus' training split, or of a shard of it; with `pairs`, its runs. Returns the manifest.
@@ -111,7 +112,9 @@ def take_shard(shards: Sequence[Shard], index: int, number: int) -> list[Shard]:
     return [(tokens, offsets[first : end + 1]) for (tokens, offsets), (first, end) in zip(shards, bounds, strict=True)]
 
 
-def merge_counts(paths: Sequence[str | PathLike], output_dir: str | PathLike, *, min_count: int = 5) -> dict[str, Any]:
+def merge_counts(
+    paths: Sequence[str | PathLike], output_dir: str | PathLike, *, min_count: int = MIN_COUNT
+) -> dict[str, Any]:
     """Write the G-grams of all parts together, as `build_ngrams` does for one corpus; returns the manifest.
 
     Args:

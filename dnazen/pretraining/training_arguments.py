@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from dnazen.files import InputError
+from dnazen.training.configurations import find_configuration
 from dnazen.training.script import flag, refuse_flags, require_one_device, require_reporters
 
 _PACKED = "has no effect: batches are packed by tokens; use --max-batch-tokens"
@@ -92,6 +93,7 @@ class PretrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self.refuse(self)
+        self.deepspeed = find_configuration(self.deepspeed)
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import transformers
 from transformers import HfArgumentParser
 
+from dnazen.environment import report_interrupt
 from dnazen.files import InputError
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import, and a refused command line does without
@@ -27,6 +28,8 @@ def run_script(work: Callable[[], None]) -> int:
     except (InputError, OSError, FloatingPointError) as error:
         print(f"dnazen: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return report_interrupt()
     finally:
         leave_process_group()
     return 0

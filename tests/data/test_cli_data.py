@@ -52,7 +52,7 @@ def test_from_fasta_to_corpus(inputs, tmp_path, capsys):
     assert main(arguments + options) == 0
     printed = capsys.readouterr()
     assert "2 records, 1,200,000 bases" in printed.out and "both strands" in printed.out and " s\n" in printed.out
-    assert "bases/s" in printed.err
+    assert printed.err == ""  # no bars but on a terminal
     corpus = Corpus.open(output_dir)
     assert corpus.train.lengths.max() <= 100 and len(corpus.validation) > 100
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "t"]
@@ -74,12 +74,12 @@ def test_errors_are_one_line_and_status_1(inputs, tmp_path, capsys):
     fasta, absent, new = str(inputs / "genome.fa"), str(tmp_path / "absent"), str(tmp_path / "new")
     for arguments, message in (
         (["tokenizer", "--fasta", absent, "--output-dir", new], "absent: no such file"),
-        (["tokenizer", "--fasta", fasta, "--output-dir", new, "--vocab-size", "5000"], "vocab_size: expected 9"),
+        (["tokenizer", "--fasta", fasta, "--output-dir", new, "--vocab-size", "5000"], "--vocab-size: expected 9"),
         (["tokenizer", "--fasta", fasta, "--output-dir", str(kept)], "already exists"),
         (["corpus", "--fasta", fasta, "--tokenizer", absent, "--output-dir", new], "expected a tokenizer"),
         (corpus_arguments(inputs, kept), "already exists"),
-        (corpus_arguments(inputs, new) + ["--validation-fraction", "2"], "validation_fraction: expected"),
-        (corpus_arguments(inputs, new) + ["--num-workers", "0"], "num_workers: expected"),
+        (corpus_arguments(inputs, new) + ["--validation-fraction", "2"], "--validation-fraction: expected"),
+        (corpus_arguments(inputs, new) + ["--num-workers", "0"], "--num-workers: expected"),
     ):
         assert main(arguments) == 1
         printed = capsys.readouterr()

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dnazen.cli.main import _read_list, main
+from dnazen.cli.corpus import read_list
+from dnazen.cli.main import main
 from dnazen.data import fasta
 from dnazen.data.corpus import Corpus, build_corpus, leakage, summarize
 from dnazen.data.corpus import build as shards
@@ -208,7 +209,7 @@ def test_marks_of_windows_and_long_sequences_in_tables(tmp_path):
     (tmp_path / "a.csv").write_text(f"sequence,label\r\n{long},0\r\n", encoding="utf-8-sig")
     assert list(read_sequences(tmp_path / "a.csv")) == [long]
     (tmp_path / "list.txt").write_text("a.fa\r\nb.fa\r\n", encoding="utf-8-sig")
-    assert _read_list(str(tmp_path / "list.txt")) == ["a.fa", "b.fa"]
+    assert read_list(str(tmp_path / "list.txt")) == ["a.fa", "b.fa"]
 
 
 def test_fastq_is_refused_with_the_reason(tmp_path):

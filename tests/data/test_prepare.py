@@ -48,7 +48,8 @@ def start(rank: int, work_dir, *fasta: str, patience: float = 60) -> subprocess.
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_tokenizer_from_other_files_is_refused(fasta, tmp_path, capsys):
+def test_tokenizer_from_other_files_is_refused(fasta, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # which is where bars are shown
     work_dir = tmp_path / "work"
     prepare_data([fasta], work_dir)
     printed = capsys.readouterr()

@@ -197,7 +197,7 @@ def test_the_models_output_has_weights_of_both_encoders(model_folder, genome, im
     "more, message",
     [
         (["--motif", "TAXA"], "motif: expected IUPAC codes"),
-        (["--stride", "0"], "window, stride: expected 1 <= stride <= window, found 2040 and 0"),
+        (["--stride", "0"], "--window, --stride: expected 1 <= stride <= window, found 2040 and 0"),
     ],
 )
 def test_what_is_refused(model_folder, tmp_path, capsys, more, message):

@@ -1,14 +1,19 @@
 """`dnazen export`: the published names and layout, and the way back."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from dnazen.cli.main import main
 from dnazen.data.corpus import Corpus
+from dnazen.data.tokenizer import load_tokenizer
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM, DNAZenForSequenceClassification
 from dnazen.ngram.vocab import load_ngrams
 from tests.helpers.published import shapes
@@ -81,6 +86,61 @@ def test_an_export_can_be_exported(trained, tmp_path):
         assert main(["export", "--model", str(source), "--output-dir", str(target)]) == 0
     for file in (tmp_path / "once").iterdir():
         assert file.read_bytes() == (tmp_path / "twice" / file.name).read_bytes(), file.name
+
+
+@pytest.fixture(scope="module")
+def transformers_4(tmp_path_factory):
+    """Folder with transformers 4, before what is installed on the path of a program's own."""
+    folder = tmp_path_factory.mktemp("transformers-4")
+    wanted = ["transformers==4.51.3", "tokenizers>=0.21,<0.22", "huggingface-hub>=0.30,<1"]
+    line = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary", ":all:", "--target", folder]
+    result = subprocess.run([*line, *wanted], capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"needs the wheels of {', '.join(wanted)}, which cannot be had: {result.stderr[-200:]}")
+    return folder
+
+
+TRANSFORMERS_4 = """\
+import json, sys
+import transformers
+from transformers import AutoConfig, AutoTokenizer
+assert transformers.__version__ == "4.51.3", transformers.__version__
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+config = AutoConfig.from_pretrained(sys.argv[1])
+print(json.dumps([tokenizer(sys.argv[2])["input_ids"], tokenizer.all_special_tokens, tokenizer.mask_token_id,
+                  tokenizer.model_max_length, config.model_type]))
+"""
+
+
+@pytest.mark.slow
+def test_transformers_4_reads_tokenizer_and_configuration(trained, transformers_4, tmp_path):
+    _, _, folder = trained
+    assert main(["export", "--model", str(folder), "--output-dir", str(tmp_path / "out")]) == 0
+    ours = load_tokenizer(folder)
+    sequence = "ACGTTGCATATAAAGGCGCGNNTTGACA"
+    result = subprocess.run(
+        [sys.executable, "-c", TRANSFORMERS_4, tmp_path / "out", sequence], cwd=tmp_path, capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": str(transformers_4)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    expected = [ours(sequence)["input_ids"], ours.all_special_tokens, ours.mask_token_id, ours.model_max_length, "bert"]
+    assert json.loads(result.stdout) == expected
+
+
+def test_tokenizer_has_the_form_of_transformers_4(trained, tmp_path):
+    """And transformers 5 reads it as it reads its own."""
+    _, _, folder = trained
+    main(["export", "--model", str(folder), "--output-dir", str(tmp_path / "out")])
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": int(1e30), "unk_token": "[UNK]",
+        "clean_up_tokenization_spaces": False, "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]",
+        "mask_token": "[MASK]",
+    }  # fmt: skip
+    found, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(folder)
+    sequence = "ACGTTGCATATAAAGGCGCGNNTTGACA"
+    assert found(sequence)["input_ids"] == ours(sequence)["input_ids"]
+    assert (found.all_special_tokens, found.pad_token_id) == (ours.all_special_tokens, ours.pad_token_id)
 
 
 def refused(capsys, *words) -> str:

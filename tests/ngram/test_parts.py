@@ -259,9 +259,9 @@ def test_cut_and_altered_files_are_refused(folder, counted, tmp_path, change):
     [
         (["--shard", "3/2"], "shard: expected I/N with I from 1 to N, found 3/2"),
         (["--shard", "0/2"], "found 0/2"),
-        (["--min-pmi", "1", "--max-len", "3"], "min_pmi, max_len: expected only with pairs"),
-        (["--num-workers", "0"], "num_workers: expected at least 1, found 0"),
-        (["--min-pmi", "nan", "--pairs", "a"], "min_pmi: expected a number of bits, found nan"),
+        (["--min-pmi", "1", "--max-len", "3"], "--min-pmi, --max-len: expected only with pairs"),
+        (["--num-workers", "0"], "--num-workers: expected at least 1, found 0"),
+        (["--min-pmi", "nan", "--pairs", "a"], "--min-pmi: expected a number of bits, found nan"),
     ],
 )
 def test_count_refuses(folder, tmp_path, capsys, words, message):
@@ -292,7 +292,7 @@ def test_several_processes_are_refused(tmp_path, capsys, monkeypatch, words):
 
 def test_command_lines_that_are_none(folder, tmp_path, capsys):
     for words, message in (
-        (["ngrams", "cuont"], "invalid choice: 'ngrams cuont'"),
+        (["ngrams", "cuont"], "invalid choice: 'cuont'"),
         (["ngrams", "count", "--corpus", "a", "--output-dir", "b", "--shard", "2"], "expected I/N, such as 2/4, found"),
         (["ngrams"], "required: --output-dir, --corpus"),
     ):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dnazen.cli import doctor
+from dnazen.cli import machine
 from dnazen.cli.main import main
 
 
@@ -14,19 +14,22 @@ def test_operators_are_compared_with_the_reference(capsys):
     assert lines["torch"].strip() == torch.__version__
     assert lines["flash-attn-4"] and "Python" in lines["system"]
     assert "not flash_attention_4: " in output and lines["attention"].endswith("which agrees with eager attention")
+    assert output.splitlines()[-1].startswith("in short") and "ready to" in output.splitlines()[-1]
     for name in ("matching", "masking", "fusion"):
         assert lines[name] == "kernels, which agree with the reference"
 
 
 @pytest.mark.parametrize("name", ["matching", "masking", "fusion"])
 def test_disagreement_is_said_and_the_exit_status_tells(monkeypatch, capsys, name):
-    operator = getattr(doctor, f"_{name}")
+    operator = getattr(machine, f"_{name}")
 
     def wrong(device, impl):
         first, *rest = operator(device, impl)
         return [first + (impl == "triton"), *rest]
 
-    monkeypatch.setattr(doctor, f"_{name}", wrong)
+    monkeypatch.setattr(machine, f"_{name}", wrong)
     assert main(["doctor"]) == 1
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(name))
+    *lines, last = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith(name))
     assert "DO NOT agree" in line and line.endswith("not in order")
+    assert last.startswith("in short") and "not ready" in last and last.endswith(f"({name})")

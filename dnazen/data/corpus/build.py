@@ -27,6 +27,7 @@ from dnazen import __version__
 from dnazen.data.corpus.leakage import ANCHOR_BASES, find_leaks, load_targets
 from dnazen.data.fasta import STDIN, FastaReader, describe_sources
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer, spell_tokens, tokenizer_checksum
+from dnazen.defaults import MAX_TOKENS, MIN_LENGTH, VALIDATION_FRACTION
 from dnazen.files import InputError, Interrupted, atomic_directory, read_json, sha256_file, write_json
 from dnazen.processes import map_in_order
 
@@ -56,11 +57,11 @@ def build_corpus(
     tokenizer: PreTrainedTokenizerFast,
     output_dir: str | PathLike,
     *,
-    max_tokens: int = 510,
-    min_length: int = 64,
+    max_tokens: int = MAX_TOKENS,
+    min_length: int = MIN_LENGTH,
     reverse_complement: bool = False,
     dedup: bool = False,
-    validation_fraction: float = 0.01,
+    validation_fraction: float = VALIDATION_FRACTION,
     validation_records: Sequence[str] | None = None,
     check_against: Sequence[str | PathLike] = (),
     num_workers: int | None = None,
@@ -372,7 +373,7 @@ class _Builder:
         ends = [0, *itertools.accumulate(sizes)] if None not in sizes else None
         batches = self._cut_files(fasta_paths)
         function = _PieceTokenizer(tokenizer, self._manifest["parameters"])
-        with tqdm(desc="tokenizing", unit=" bases", unit_scale=True, initial=totals["bases"]) as progress:
+        with tqdm(desc="tokenizing", disable=None, unit=" bases", unit_scale=True, initial=totals["bases"]) as progress:
             for batch, tokenized in map_in_order(function, batches, num_workers):
                 self._take(batch, tokenized)
                 progress.update(sum(len(bases) for _, _, bases in batch.pieces))

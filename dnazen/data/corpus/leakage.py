@@ -63,7 +63,7 @@ def find_leaks(
     finder = _Finder(patterns, shards, spelling)
     found = {split: np.zeros(len(patterns), bool) for split, _ in shards}
     total = sum(len(arrays["tokens"]) for _, arrays in shards)
-    with tqdm(desc="looking for leaks", unit=" tokens", unit_scale=True, total=total) as progress:
+    with tqdm(desc="looking for leaks", disable=None, unit=" tokens", unit_scale=True, total=total) as progress:
         for block, hits in map_in_order(finder, _iterate_blocks(shards), num_workers if patterns else 1):
             for split, numbers in hits.items():
                 found[split][numbers] = True

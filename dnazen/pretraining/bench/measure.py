@@ -1,8 +1,6 @@
 """Measured training steps of one implementation, in the process that calls."""
 
-import os
 import resource
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from dnazen.batches.collator import Masking, PackedCollator, PackedDataset
 from dnazen.batches.sampler import SPECIAL_TOKENS_PER_SEQUENCE, MicroBatch
 from dnazen.data.corpus import Corpus
+from dnazen.environment import stand_alone
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.ngram.vocab import load_ngrams
 from dnazen.pretraining.bench.compilations import Compilations
@@ -172,12 +171,8 @@ def measure(
     fusion an einsum and attention explicit; nothing is compiled. To `profile_folder`, unless it is None, goes a profile
     of some further steps.
     """
-    if deepspeed is not None:  # which wants to be told that it is alone
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if deepspeed is not None:
+        stand_alone()
     set_seed(42)
     corpus = Corpus.open(corpus_dir)
     vocabulary = load_ngrams(ngrams_dir, corpus)

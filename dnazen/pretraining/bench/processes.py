@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from dnazen.data.corpus import Corpus
+from dnazen.defaults import BENCH_SECONDS, MODEL_SIZE
 from dnazen.environment import grow_memory_segments
 from dnazen.files import InputError, atomic_directory, read_json, write_json
 from dnazen.models import DNAZenConfig
@@ -26,9 +27,9 @@ def bench(
     ngrams: str,
     output_dir: str,
     *,
-    model: str = "tiny",
+    model: str = MODEL_SIZE,
     impl: list[str] | None = None,
-    seconds: float = 30.0,
+    seconds: float = BENCH_SECONDS,
     max_batch_tokens: int | None = None,
     precision: str | None = None,
     deepspeed: str | None = None,

@@ -1,0 +1,20 @@
+"""`dnazen export`."""
+
+import argparse
+
+from dnazen.cli.shared import add_output_dir
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    text = "write a trained model in the form of the published ones, for programs made for those"
+    command = commands.add_parser("export", help=text, description=text)
+    command.set_defaults(run=run)
+    text = "folder of the model: `final/` or `checkpoint-N/` of a run"
+    command.add_argument("--model", required=True, metavar="DIR", help=text)
+    add_output_dir(command)
+
+
+def run(model: str, output_dir: str) -> None:
+    from dnazen.models.export import export_model
+
+    print(f"parameters  {export_model(model, output_dir):,}, in fp32, under their published names")
