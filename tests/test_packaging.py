@@ -122,7 +122,7 @@ def test_tests_of_kernels_live_in_ops(root):
 @pytest.mark.slow
 def test_wheel_holds_all_modules_and_the_genome(root, tmp_path):
     source = tmp_path / "source"  # without what an earlier build left
-    for folder in ("dnazen", "kernels"):
+    for folder in ("dnazen", "kernels", "ds_configs"):
         shutil.copytree(root / folder, source / folder)
     for file in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(root / file, source)
@@ -136,4 +136,5 @@ def test_wheel_holds_all_modules_and_the_genome(root, tmp_path):
         prefix = name.replace(".", "/")
         assert f"{prefix}/__init__.py" in names or f"{prefix}.py" in names, path
     assert "dnazen/data/genomes/ecoli536_NC_008253.fna.gz" in names
-    assert "\nkernels/" not in names
+    assert "dnazen_ds_configs/zero2.json" in names
+    assert "\nkernels/" not in names and "\nds_configs/" not in names

@@ -84,7 +84,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _check_paths(args: dict[str, Any], may_exist: bool) -> None:
-    """InputError for a path that is not there, or an output that is: at once, not after the seconds of heavy imports."""
+    """InputError for a path that is not there, or an output that is: at once, before what takes seconds to import."""
     for name in _READ:
         value = args.get(name) or []
         for path in [value] if isinstance(value, str) else value:

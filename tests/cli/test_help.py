@@ -68,7 +68,7 @@ def test_defaults_of_extraction_are_the_functions_own():
     options = {name: default for name, default, *_ in (*ngrams._THRESHOLDS, ngrams._MIN_COUNT, *ngrams._RESOURCES)}
     parameters = inspect.signature(extract_ngrams).parameters
     assert options == {name: parameter.default for name, parameter in parameters.items() if name in options}
-    assert parameters.keys() - options.keys() == {"shards", "group", "vocab_size"}
+    assert parameters.keys() - options.keys() == {"shards", "vocab_size"}
 
 
 @pytest.mark.parametrize("words", [["embed", "--fast"], ["ngrams", "merge", "--min-pmi", "2"], ["ngrams"], []])

@@ -294,7 +294,7 @@ def test_command_lines_that_are_none(folder, tmp_path, capsys):
     for words, message in (
         (["ngrams", "cuont"], "invalid choice: 'cuont'"),
         (["ngrams", "count", "--corpus", "a", "--output-dir", "b", "--shard", "2"], "expected I/N, such as 2/4, found"),
-        (["ngrams"], "required: --output-dir, --corpus"),
+        (["ngrams"], "required: command"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(words)
