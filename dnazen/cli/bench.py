@@ -21,7 +21,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--seconds", type=float, default=defaults.BENCH_SECONDS, metavar="S", help=text)
     text = "tokens of a micro-batch (that of pretraining, by the size of the model)"
     command.add_argument("--max-batch-tokens", type=int, metavar="N", help=text)
-    add_precision(command, "of the training (bf16)")
+    add_precision(command, "of the training (bf16, as in pretraining)")
     text = "train under DeepSpeed: zero1, zero2, zero3, or a JSON file (without DeepSpeed)"
     command.add_argument("--deepspeed", metavar="CONFIG", help=text)
     text = "compile the layers, but not those of the reference"

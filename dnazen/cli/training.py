@@ -47,7 +47,7 @@ def start(script: str, words: list[str], num_gpus: int | None, help_all: bool, f
     """Become the script, or the launcher of several of it: exit status and signals are theirs."""
     command = [sys.executable, script]
     if help_all:
-        os.execv(sys.executable, [*command, "--help"])
+        os.execv(sys.executable, [*command, "--help-all" if script.endswith("pretrain.py") else "--help"])
     require_one_process(Path(script).stem)
     import torch
 

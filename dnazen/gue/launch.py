@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 def run_gue(
     data: str | PathLike, models: list[str], output_dir: str | PathLike, seeds: int = GUE_SEEDS,
     tasks: list[str] | None = None, no_ngrams: bool = False, learning_rate: float = GUE_LEARNING_RATE,
-    epochs: float | None = None, max_steps: int | None = None, jobs_per_device: int | None = None, precision: str | None = None,
-    attn_implementation: str | None = None,
+    epochs: float | None = None, max_steps: int | None = None, jobs_per_device: int | None = None,
+    precision: str | None = None, attn_implementation: str | None = None,
 ) -> tuple[str, bool]:  # fmt: skip
     """Fine-tune each model on each data set with each seed, and report; go on where an earlier call was stopped.
 
