@@ -2,12 +2,19 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --prefer-binary --constraint constraints.txt
 
-.PHONY: pretrain test lint docs
+.PHONY: pretrain test quick lint docs
 pretrain: .venv/installed
 	PATH="$(CURDIR)/.venv/bin:$$PATH" deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json
 
+# a worker for each core, and one thread in each
+PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist worksteal
+
 test: .venv/installed-test
-	PATH="$(CURDIR)/.venv/bin:$$PATH" python -m pytest
+	$(PYTEST)
+
+# all that runs within this process in a moment
+quick: .venv/installed-test
+	$(PYTEST) -m "not slow"
 
 # mypy finds packages by the names of their folders, and `kernels` is imported by another
 lint: .venv/installed-test

@@ -172,11 +172,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         ((_, best),) = row["best_baseline"].items()
-        advantage = row["advantage"]
+        advantage, model = row["advantage"], row["model"]
         print(
-            f"| {row['lever']} | {row['seed']} | {row['model']['bits_per_base']['mean']:.4f} | "
+            f"| {row['lever']} | {row['seed']} | {model['bits_per_base']['mean']:.4f} | "
             f"{best['bits_per_base']['mean']:.4f} | {row['unigram']['bits_per_base']['mean']:.4f} | "
-            f"{advantage['mean']:+.4f} ({advantage['low']:+.4f} to {advantage['high']:+.4f}) | {row['model']['loss']:.3f} | "
+            f"{advantage['mean']:+.4f} ({advantage['low']:+.4f} to {advantage['high']:+.4f}) | {model['loss']:.3f} | "
             f"{row['tokens']:,} | {row['seconds']:.0f} |"
         )
     print(f"written to {path}")

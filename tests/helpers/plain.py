@@ -48,7 +48,7 @@ def encode(
     weights: dict, heads: int, input_ids: Tensor, attention_mask: Tensor, ngram_input_ids: Tensor | None = None,
     ngram_attention_mask: Tensor | None = None, ngram_position_matrix: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Last states of the token encoder `[B, S, H]` for padded input `[B, S]`, G-grams `[B, G]` and their matrix `[B, S, G]`."""
+    """Last token states `[B, S, H]` for padded input `[B, S]`, G-grams `[B, G]` and their matrix `[B, S, G]`."""
     assert heads == 12
     position = torch.arange(input_ids.shape[1])
     distance = (position[:, None] - position[None, :]).abs()

@@ -1,7 +1,7 @@
 """Run the entry point in this process and die by SIGKILL in the middle of writing a file of a checkpoint.
 
-Arguments: `--kill-at FILE --kill-step N`, then those of pretrain.py. The first half of FILE is written, the rest is not.
-FILE `rename` means: all is written, and the folder is about to get its name.
+Arguments: `--kill-at FILE --kill-step N`, then those of pretrain.py. The first half of FILE is written, the rest
+is not. FILE `rename` means: all is written, and the folder is about to get its name.
 """
 
 import os
