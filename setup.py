@@ -44,7 +44,14 @@ setup(
         "flash4": ["flash-attn-4>=4.0.0b36"],
         "flash4-cu13": ["flash-attn-4[cu13]>=4.0.0b36"],  # which CUDA PyTorch is built for, no requirement can ask
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=4", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "pytest-benchmark>=4",
+            "hypothesis>=6.100",
+            "ruff>=0.12",
+            "mypy>=1.15",
+        ],
     },
     entry_points={"console_scripts": ["dnazen = dnazen.cli.main:main"]},
 )

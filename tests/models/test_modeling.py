@@ -409,9 +409,9 @@ def test_batches_that_were_not_trimmed_are_refused(config, make_batch):
 
 def test_masked_positions_may_be_given(config, make_batch, pad_batch):
     model, batch = DNAZenForMaskedLM(config), make_batch([17, 9], [4, 0])
-    for given in (batch, pad_batch(batch)):
-        positions = (given["labels"].flatten() != -100).nonzero().squeeze(1)
-        _assert_same(_run(model, given), _run(model, given | {"masked_positions": positions}))
+    for filled in (batch, pad_batch(batch)):
+        positions = (filled["labels"].flatten() != -100).nonzero().squeeze(1)
+        _assert_same(_run(model, filled), _run(model, filled | {"masked_positions": positions}))
 
 
 @pytest.mark.parametrize("model_class", [DNAZenModel, DNAZenForMaskedLM])
