@@ -141,7 +141,7 @@ def plan(dry: bool) -> list[Step]:
         Step("doctor", dnazen + "doctor", 180, "doctor"),
         test("operators", "tests/ops/test_runtime.py" if dry else "tests/ops", left_out=""),
         test("batches", "tests/batches/test_device.py", 180),
-        test("the model", "tests/model"),
+        test("the model", "tests/models"),
         test("training", "tests/pretraining/test_gpu.py"),
         train("pretraining ZeRO-2", 2, 300),
         train("pretraining ZeRO-2, resumed", 2, 400, folder="pretraining-zero-2", after="pretraining ZeRO-2"),
