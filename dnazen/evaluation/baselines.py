@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from dnazen.batches.collator import Masking, PackedCollator, PackedDataset
 from dnazen.batches.sampler import MicroBatch
 from dnazen.data.corpus import TokenSplit
-from dnazen.data.tokenizer import spell_tokens
+from dnazen.data.tokenizer import tokens_by_id
 from dnazen.ngram.vocab import NgramVocabulary
 from dnazen_kernels.ngram_masking import IGNORE_INDEX
 
@@ -49,7 +49,7 @@ class Spelling:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        spelled = spell_tokens(tokenizer)
+        spelled = tokens_by_id(tokenizer)
         special = set(tokenizer.all_special_ids)
         is_dna = [i not in special and text != "" and set(text) <= set("ACGT") for i, text in enumerate(spelled)]
         self.lengths = np.array([len(text) if dna else 0 for text, dna in zip(spelled, is_dna)], dtype=np.int64)
