@@ -17,9 +17,9 @@ import numpy as np
 from dnazen import __version__
 from dnazen.analysis.motif_files import Motif, load_motifs
 from dnazen.analysis.motif_scores import MATCH_TAIL, MIN_INFORMATION, Matches, column_information, score_motifs
-from dnazen.data.fasta import reverse_complement
 from dnazen.data.tokenizer import tokenizer_checksum
 from dnazen.defaults import SHUFFLES
+from dnazen.dna import is_clean, reverse_complement
 from dnazen.files import InputError, atomic_directory, sha256_file, write_json
 from dnazen.ngram.vocab import MANIFEST_FILE, open_ngrams
 
@@ -69,7 +69,7 @@ def build_motifs(
     for ngram_id, ngram in sorted(zip(vocabulary.ids, vocabulary.ngrams, strict=True)):
         tokens = loaded_tokenizer.convert_ids_to_tokens(ngram)
         bases = "".join(tokens)
-        if bases.strip("ACGT"):
+        if not is_clean(bases):
             raise InputError(f"{ngrams}: G-gram {' '.join(tokens)!r}: expected bases A, C, G, T to compare with motifs")
         all_ngrams.append(tokens)
         by_spelling.setdefault(_either_strand(tokens), []).append(_Ngram(ngram_id, tokens))

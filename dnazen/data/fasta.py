@@ -1,10 +1,10 @@
-"""FASTA files: read, check, and find the runs of A, C, G and T in a sequence."""
+"""FASTA files: read and checked, in blocks or record by record, and cut into runs of A, C, G and T."""
 
 import codecs
 import hashlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from xopen import xopen
 
+from dnazen.dna import IUPAC_BASES, split_stretches
 from dnazen.files import InputError, sha256_file
 
 STDIN = "-"
@@ -19,9 +20,7 @@ STDIN = "-"
 _UPPER = bytes(range(256)).upper().replace(b"U", b"T")
 _CARRIAGE_RETURN = bytes(range(256)).replace(b"\r", b"\n")
 # IUPAC nucleotide codes, and the gap and mask characters that genome files hold; anything else is not DNA.
-_CODES = b"ACGTRYSWKMBDHVN-.X"
-_COMPLEMENT = str.maketrans("ACGTRYKMBVDHacgtrykmbvdh", "TGCAYRMKVBHDtgcayrmkvbhd")
-_CLEAN_RUN = re.compile("[ACGT]+")
+_CODES = "".join(IUPAC_BASES).replace("U", "").encode() + b"-.X"
 _BLANKS = b"\n \t"
 _LINE_END = re.compile(rb"[ \t]*\n[ \t]*")
 # The empty block that ends every BGZF file (SAM specification, section 4.1.2).
@@ -161,7 +160,9 @@ def describe_sources(paths: Sequence[str | PathLike]) -> list[dict[str, Any]]:
 
 
 def normalize_letters(letters: bytes, place: str, start: int = 0) -> bytes:
-    """Upper-case nucleotide codes, U as T; `place` names the sequence in errors, `start` is its first letter's position.
+    """Upper-case nucleotide codes, U as T.
+
+    `place` names the sequence in errors; the first letter is number `start` of it, from 0.
 
     Raises:
         InputError: a letter is no nucleotide code.
@@ -176,14 +177,33 @@ def normalize_letters(letters: bytes, place: str, start: int = 0) -> bytes:
     return sequence
 
 
-def find_clean_runs(sequence: str) -> list[tuple[int, int]]:
-    """Find the longest runs of A, C, G and T in an upper-case sequence, as `[start, end)`."""
-    return [match.span() for match in _CLEAN_RUN.finditer(sequence)]
+def cut_runs(blocks: Iterable[FastaBlock], size: int) -> Iterator[FastaBlock]:
+    """Cut records anew, into blocks that are bases (A, C, G, T) alone or other letters alone.
 
-
-def reverse_complement(sequence: str) -> str:
-    """Complement every base (IUPAC codes included) and reverse their order: the other strand, 5' to 3'."""
-    return sequence.translate(_COMPLEMENT)[::-1]
+    A run of bases gives blocks of `size` bases, and one of what is left at its end. With a size of 4, the record
+    `ACGTACNNG` gives `ACGT`, `AC`, `NN` and `G`, whatever blocks it came in. A stretch of other letters may be given in
+    parts.
+    """
+    carry = None  # the end of a run so far, which may go on in the next block
+    for block in blocks:
+        if carry is not None and block.start == 0:
+            yield carry
+        elif carry is not None:
+            block = FastaBlock(block.name, carry.start, carry.sequence + block.sequence)
+        carry = None
+        name, first, sequence = block
+        for start, end, are_bases in split_stretches(sequence):
+            if not are_bases:
+                yield FastaBlock(name, first + start, sequence[start:end])
+                continue
+            for at in range(start, end, size):
+                part = FastaBlock(name, first + at, sequence[at : min(at + size, end)])
+                if end == len(sequence) and len(part.sequence) < size:
+                    carry = part
+                else:
+                    yield part
+    if carry is not None:
+        yield carry
 
 
 def _join_lines(text: bytes) -> bytes:

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from dnazen import __version__
-from dnazen.data.fasta import describe_sources, find_clean_runs, read_fasta
+from dnazen.data.fasta import FastaBlock, cut_runs, describe_sources, read_fasta
+from dnazen.dna import BASES, is_clean
 from dnazen.files import InputError, atomic_directory, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,6 @@ logger = logging.getLogger(__name__)
 MAX_VOCAB_SIZE = 4096
 # Ids 0..4 as in DNABERT-2's tokenizer.
 SPECIAL_TOKENS = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "cls", "sep", "pad", "mask")}
-_BASES = "ACGT"
 # BPE sees the text as words; 2,040 bases are what 510 tokens take up, and one word of a corpus.
 _WORD_BASES = 2040
 # Training holds about 60 bytes a base: 2 GB for this many.
@@ -38,8 +38,8 @@ TOKENIZER_FILE, SOURCES_FILE = "tokenizer.json", "sources.json"
 def choose_vocab_size(num_bases: int) -> int:
     """A size of vocabulary for a text of so many bases: the power of two nearest to a token for each 5,000 of them.
 
-    From 256 to 4,096. A token of a short text must still be seen often enough (there, some thousand times) for a model, or
-    for G-grams, to learn what stands beside it.
+    From 256 to 4,096. A token of a short text must still be seen often enough (there, some thousand times) for a model,
+    or for G-grams, to learn what stands beside it.
     """
     sizes = [2**exponent for exponent in range(8, 13)]
     return min(sizes, key=lambda size: abs(math.log(size * _BASES_PER_VOCABULARY_TOKEN / max(num_bases, 1))))
@@ -65,12 +65,13 @@ def train_tokenizer(sequences: Iterable[str], vocab_size: int | None = None) -> 
     """Train a BPE tokenizer like DNABERT-2's (Zhou et al. 2024, section 3.1) on the runs of A, C, G, T.
 
     Of more than 33 million bases an evenly spaced sample is taken. The same sequences always give the same tokenizer.
-    A short text may give fewer than `vocab_size` tokens (default: `choose_vocab_size`); that is logged.
+    A short text may give fewer than `vocab_size` tokens (default: `choose_vocab_size`); that is logged. The tokenizer
+    reads lower-case bases as upper-case ones, and U as T.
 
     Raises:
         InputError: `vocab_size` is below 9 (five special tokens, four bases) or above 4096; there is no sequence.
     """
-    smallest = len(SPECIAL_TOKENS) + len(_BASES)
+    smallest = len(SPECIAL_TOKENS) + len(BASES)
     if vocab_size is not None and not smallest <= vocab_size <= MAX_VOCAB_SIZE:
         raise InputError(
             f"vocab_size: expected {smallest} (special tokens and bases) to {MAX_VOCAB_SIZE} (five must fit one 63-bit "
@@ -82,12 +83,13 @@ def train_tokenizer(sequences: Iterable[str], vocab_size: int | None = None) -> 
     if vocab_size is None:
         vocab_size = choose_vocab_size(num_bases)
     backend = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"]))
+    backend.normalizer = _to_upper_case()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=list(SPECIAL_TOKENS.values()),
-        initial_alphabet=list(_BASES),
+        initial_alphabet=list(BASES),
         max_token_length=_MAX_TOKEN_BASES,
         show_progress=sys.stdout.isatty(),  # elsewhere it prints empty lines
     )
@@ -105,6 +107,9 @@ def train_tokenizer(sequences: Iterable[str], vocab_size: int | None = None) -> 
 def load_tokenizer(path: str | PathLike) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a folder with `tokenizer.json`, or from that file; never from the network.
 
+    One without a normalizer, such as DNABERT-2's, gets that of `train_tokenizer`: soft-masked (lower-case) bases are
+    bases, and U is T. The tokens of A, C, G and T stay the same, and so does the checksum.
+
     Raises:
         InputError: there is no such file, it is no tokenizer, it tokenizes at random (BPE dropout), or it lacks one of
             the tokens unk, cls, sep, pad and mask.
@@ -119,6 +124,8 @@ def load_tokenizer(path: str | PathLike) -> PreTrainedTokenizerFast:
         raise InputError(f"{file}: expected a tokenizer.json of the tokenizers library; {error}") from error
     if getattr(backend.model, "dropout", None):
         raise InputError(f"{file}: expected a tokenizer without BPE dropout, found {backend.model.dropout}")
+    if backend.normalizer is None:
+        backend.normalizer = _to_upper_case()
     config_file = file.with_name("tokenizer_config.json")
     config = read_json(config_file, "a tokenizer's configuration") if config_file.exists() else {}
     special_tokens = {}
@@ -140,18 +147,21 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: str | PathLike
 
 
 def tokenizer_checksum(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 of the tokenizer's model (vocabulary and merges) as canonical JSON: the same however it was saved."""
+    """SHA-256 of the tokenizer's model (vocabulary and merges) as canonical JSON: the same however it was saved.
+
+    Nothing else counts, a normalizer neither: what it makes of lower case does not change the tokens of A, C, G and T.
+    """
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
 
 
-def spell_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def tokens_by_id(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """The text of each token by its id; empty for an id that no token has."""
     vocabulary = tokenizer.get_vocab()
-    spelling = [""] * (max(vocabulary.values()) + 1)
+    id_to_token = [""] * (max(vocabulary.values()) + 1)
     for token, token_id in vocabulary.items():
-        spelling[token_id] = token
-    return spelling
+        id_to_token[token_id] = token
+    return id_to_token
 
 
 def _read_sequences(paths: Sequence[str | PathLike]) -> Iterator[str]:
@@ -169,18 +179,27 @@ def _wrap(backend: Tokenizer, special_tokens: dict[str, str]) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=int(1e30), **special_tokens)
 
 
+def _to_upper_case() -> normalizers.Normalizer:
+    """The bases in upper case and U as T, letter for letter, so that offsets stay; other letters as they are."""
+    upper = dict(zip(BASES.lower(), BASES)) | {"u": "T", "U": "T"}
+    return normalizers.Sequence([normalizers.Replace(letter, base) for letter, base in upper.items()])
+
+
 def _sample_words(sequences: Iterable[str]) -> tuple[list[str], int]:
-    """Every k-th word of the clean runs, k the smallest power of 2 that keeps their bases within the limit; all bases."""
+    """Words of the runs of A, C, G and T, every k-th of them, and the number of bases in all runs.
+
+    k is the smallest power of 2 that keeps the words within the limit.
+    """
     words: list[str] = []
-    stride, ordinal, num_bases = 1, 0, 0
-    for sequence in sequences:
-        for run_start, end in find_clean_runs(sequence):
-            num_bases += end - run_start
-            for start in range(run_start, end, _WORD_BASES):
-                if ordinal % stride == 0:
-                    words.append(sequence[start : min(start + _WORD_BASES, end)])
-                ordinal += 1
-                if len(words) * _WORD_BASES > _MAX_TRAINING_BASES:
-                    words = words[::2]
-                    stride *= 2
+    stride, num_bases = 1, 0
+    # one byte for each letter, whatever it is
+    blocks = (FastaBlock("", 0, sequence.encode("ascii", "replace")) for sequence in sequences)
+    runs = (block.sequence.decode() for block in cut_runs(blocks, _WORD_BASES))
+    for ordinal, word in enumerate(filter(is_clean, runs)):
+        num_bases += len(word)
+        if ordinal % stride == 0:
+            words.append(word)
+        if len(words) * _WORD_BASES > _MAX_TRAINING_BASES:
+            words = words[::2]
+            stride *= 2
     return words, num_bases

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dnazen.data.corpus import TokenSplit
-from dnazen.data.tokenizer import spell_tokens
+from dnazen.data.tokenizer import tokens_by_id
 from dnazen_kernels.ngram_masking import IGNORE_INDEX
 
 MAX_TOKENS = 20_000_000  # of a text that are looked at, evenly spaced over it
@@ -33,7 +33,7 @@ class Spelling:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        spelled = spell_tokens(tokenizer)
+        spelled = tokens_by_id(tokenizer)
         special = set(tokenizer.all_special_ids)
         is_dna = [i not in special and text != "" and set(text) <= set("ACGT") for i, text in enumerate(spelled)]
         self.lengths = np.array([len(text) if dna else 0 for text, dna in zip(spelled, is_dna)], dtype=np.int64)

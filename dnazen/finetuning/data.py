@@ -1,17 +1,16 @@
 """CSV files of labelled sequences, checked row by row."""
 
-import csv
 import logging
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from xopen import xopen
-
+from dnazen.data.tables import read_rows, read_sequence
+from dnazen.dna import BASES
 from dnazen.files import InputError
 
 logger = logging.getLogger(__name__)
-csv.field_size_limit(1 << 30)  # letters; by default 131,072, fewer than a long sequence has
 
 SPLITS = ("train", "dev", "test")
 # what a run writes beside its model: what it says of the test split, and, last, its figures
@@ -46,58 +45,44 @@ def read_table(path: str | PathLike, needs_labels: bool = True) -> Table:
             with white space inside or no label, or more fields than there are columns.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a CSV with a column sequence, or sequence1 and sequence2")
+    needed = {"label"} if needs_labels else set()
+    expected = "columns sequence (or sequence1, sequence2)" + " and label" * needs_labels
+
+    def has_columns(columns: Sequence[str]) -> bool:
+        return needed <= set(columns) and any(set(names) <= set(columns) for names in (_SINGLE, _PAIR))
+
     sequences, labels, lines, others = [], [], [], []
     num_unclear = num_unclear_rows = 0
-    try:
-        # the mark that spreadsheets put first is no part of a column's name
-        with xopen(path, "r", threads=0, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = reader.fieldnames or ()
-            names = _PAIR if set(_PAIR) <= set(columns) else _SINGLE
-            missing = sorted({*names, *(["label"] if needs_labels else [])} - set(columns))
-            if missing:
-                expected = "sequence (or sequence1, sequence2)" + " and label" * needs_labels
-                raise InputError(f"{path}: expected columns {expected}, found {', '.join(columns) or 'none'}")
-            for row in reader:
-                if None in row or None in row.values():
-                    found = sum(value is not None for name, value in row.items() if name) + len(row.get(None, ()))
-                    raise InputError(f"{path}: line {reader.line_num}: expected {len(columns)} fields, found {found}")
-                texts = tuple(row[name].strip().upper().replace("U", "T") for name in names)
-                for name, text in zip(names, texts):
-                    if not text:
-                        raise InputError(f"{path}: line {reader.line_num}: expected a {name}, found nothing")
-                    if len(text.split()) > 1:
-                        found = "expected letters alone, found white space between them"
-                        raise InputError(f"{path}: line {reader.line_num}: {name}: {found}")
-                if "label" in columns and needs_labels and not row["label"].strip():
-                    raise InputError(f"{path}: line {reader.line_num}: expected a label, found nothing")
-                unclear = sum(len(text) - sum(map(text.count, "ACGT")) for text in texts)
-                num_unclear += unclear
-                num_unclear_rows += unclear > 0
-                sequences.append(texts)
-                labels.append(row.get("label", "").strip())
-                others.append({name: value for name, value in row.items() if name not in (*names, "label")})
-                lines.append(reader.line_num)
-    except InputError:
-        raise
-    except Exception as error:  # each decompressor has errors of its own
-        raise InputError(f"{path}: cannot be read as CSV: {error}") from error
-    if not sequences:
-        raise InputError(f"{path}: expected a sequence in each row, found no rows")
+    has_labels = False
+    for row in read_rows(path, has_columns, expected):
+        names = _PAIR if row.fields.keys() >= set(_PAIR) else _SINGLE
+        has_labels = "label" in row.fields
+        texts = tuple(read_sequence(row, name) for name in names)
+        for name, text in zip(names, texts):
+            if len(text.split()) > 1:
+                raise InputError(f"{row.place}: {name}: expected letters alone, found white space between them")
+        label = row.fields.get("label", "").strip()
+        if needs_labels and not label:
+            raise InputError(f"{row.place}: expected a label, found nothing")
+        unclear = sum(len(text) - sum(map(text.count, BASES)) for text in texts)
+        num_unclear += unclear
+        num_unclear_rows += unclear > 0
+        sequences.append(texts)
+        labels.append(label)
+        others.append({name: value for name, value in row.fields.items() if name not in (*names, "label")})
+        lines.append(row.line)
     if num_unclear:
         logger.warning(
             "%s: %s letters other than A, C, G, T, in %s of %s rows; each is read as an unknown token",
             path, f"{num_unclear:,}", f"{num_unclear_rows:,}", f"{len(sequences):,}",
         )  # fmt: skip
-    if "label" in columns and not all(labels):
+    if has_labels and not all(labels):
         others = [{"label": label, **row} for label, row in zip(labels, others)]
         if any(labels):
             found = f"{sum(map(bool, labels)):,} of {len(labels):,}"
             logger.warning("%s: %s rows have a label; there are metrics only if all have one", path, found)
         labels = None
-    labels = labels if "label" in columns else None
+    labels = labels if has_labels else None
     return Table(path, sequences, labels, lines, num_unclear, others if others[0] else None)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dnazen.batches.streaming import run_batches
-from dnazen.data.fasta import reverse_complement
 from dnazen.data.sequences import read_blocks
 from dnazen.defaults import MAX_BATCH_TOKENS, POOLING, PRECISION, STRIDE_BASES, WINDOW_BASES
+from dnazen.dna import reverse_complement
 from dnazen.files import InputError, atomic_file
 from dnazen.inference.loading import InferenceModel, load_for_inference
 from dnazen.inference.vector_files import FORMATS, Rows, join_rows
@@ -131,7 +131,7 @@ def _tokenize(
     windows: Iterable[Window], loaded: InferenceModel, both_strands: bool
 ) -> Iterator[tuple[tuple[Window, list[_Strand]], list[list[int]]]]:
     """Each window with its strands and the token ids of each; no strands where `is_end`."""
-    lengths = np.array([len(token) for token in loaded.spelling])
+    lengths = np.array([len(token) for token in loaded.id_to_token])
     for window in windows:
         sequences = [] if window.is_end else [window.sequence]
         if both_strands:

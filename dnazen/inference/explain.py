@@ -14,16 +14,13 @@ from tqdm import tqdm
 from dnazen.batches.streaming import run_batches
 from dnazen.data.sequences import read_blocks
 from dnazen.defaults import MAX_BATCH_TOKENS, PRECISION, STRIDE_BASES, WINDOW_BASES
+from dnazen.dna import IUPAC_BASES
 from dnazen.files import InputError, atomic_directory
 from dnazen.inference.loading import load_for_inference
 from dnazen.inference.windows import Window, check_window, cut_windows
 from dnazen.models import DNAZenModel
 
 TABLE_FILE, PICTURE_FILE = "ngrams.tsv", "attention.png"
-IUPAC_BASES = {
-    "A": "A", "C": "C", "G": "G", "T": "T", "U": "T", "R": "AG", "Y": "CT", "S": "CG", "W": "AT", "K": "GT", "M": "AC",
-    "B": "CGT", "D": "AGT", "H": "ACT", "V": "ACG", "N": "ACGT",
-}  # fmt: skip
 _PANELS, _COLUMNS = 3, 24
 
 
@@ -124,7 +121,7 @@ def explain(
                 for track in tracks:
                     track.flush(part.record, None)
                 continue
-            found = _locate(part.sequence, tokens, *result[0], spelled, loaded.spelling, pattern)
+            found = _locate(part.sequence, tokens, *result[0], spelled, loaded.id_to_token, pattern)
             counts["windows"] += 1
             counts["ngrams"] += len(found)
             bases += part.core_end - part.core_start
@@ -163,10 +160,10 @@ def _compile_motif(motif: str) -> re.Pattern:
 
 def _locate(
     sequence: str, tokens: list[int], ids: np.ndarray, attention: np.ndarray, spelled: dict[int, tuple[int, ...]],
-    spelling: list[str], pattern: re.Pattern | None,
+    id_to_token: list[str], pattern: re.Pattern | None,
 ) -> list[FoundNgram]:  # fmt: skip
     """Where in a window's bases each of its G-grams occurs."""
-    bounds = np.cumsum([0, *(len(spelling[token]) for token in tokens)]).tolist()
+    bounds = np.cumsum([0, *(len(id_to_token[token]) for token in tokens)]).tolist()
     motifs = [match.span(1) for match in pattern.finditer(sequence)] if pattern else []
     found = []
     for number, ngram_id in enumerate(ids.tolist()):
@@ -174,7 +171,7 @@ def _locate(
         places = [at for at in range(len(tokens) - len(ngram) + 1) if tuple(tokens[at : at + len(ngram)]) == ngram]
         spans = [(bounds[at], bounds[at + len(ngram)]) for at in places]
         has_motif = any(start <= first and last <= end for start, end in spans for first, last in motifs)
-        text = " ".join(spelling[token] for token in ngram)
+        text = " ".join(id_to_token[token] for token in ngram)
         found.append(FoundNgram(text, spans, attention[:, number], has_motif))
     return found
 

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from dnazen.batches.collator import PackedCollator
-from dnazen.data.tokenizer import spell_tokens
+from dnazen.data.tokenizer import tokens_by_id
 from dnazen.defaults import PRECISION
 from dnazen.files import InputError
 from dnazen.models.hub import fetch_model, load_vocabularies
@@ -23,7 +23,7 @@ class InferenceModel(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
     vocabulary: NgramVocabulary  # empty for a model without G-grams
     collator: PackedCollator  # without masking
-    spelling: list[str]  # the bases of each token id
+    id_to_token: list[str]  # the bases of each token id
 
     def tokenize(self, sequences: list[str]) -> list[list[int]]:
         """Token ids of each sequence of A, C, G and T, without special tokens.
@@ -33,7 +33,7 @@ class InferenceModel(NamedTuple):
         """
         encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(sequences, add_special_tokens=False)
         for sequence, encoding in zip(sequences, encodings):
-            if "".join(map(self.spelling.__getitem__, encoding.ids)) != sequence:
+            if "".join(map(self.id_to_token.__getitem__, encoding.ids)) != sequence:
                 raise InputError(f"the tokenizer does not spell every sequence of A, C, G, T: {sequence[:50]}")
         return [encoding.ids for encoding in encodings]
 
@@ -70,4 +70,4 @@ def load_for_inference(
     model = model_class.from_pretrained(folder, dtype=PRECISIONS[precision], **options)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     collator = PackedCollator(tokenizer, vocabulary, use_ngrams=model.config.use_ngrams)
-    return InferenceModel(model, tokenizer, vocabulary, collator, spell_tokens(tokenizer))
+    return InferenceModel(model, tokenizer, vocabulary, collator, tokens_by_id(tokenizer))

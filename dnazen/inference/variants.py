@@ -13,16 +13,14 @@ from tqdm import tqdm
 
 from dnazen import __version__
 from dnazen.batches.streaming import run_batches
-from dnazen.data.fasta import reverse_complement
 from dnazen.defaults import FLANK_BASES, MAX_VARIANT_TOKENS, PRECISION
+from dnazen.dna import BASES, IUPAC_BASES, is_clean, reverse_complement
 from dnazen.files import InputError, atomic_file
-from dnazen.inference.explain import IUPAC_BASES
 from dnazen.inference.loading import InferenceModel, load_for_inference
 from dnazen.inference.reference import Reference
 from dnazen.inference.vcf import VcfFile, add_info, create_vcf, name_record
 from dnazen.models import DNAZenForMaskedLM
 
-_BASES = re.compile("[ACGT]+")
 _CODES = {code: bases for code, bases in IUPAC_BASES.items() if code != "N"}
 _FIELDS = {
     "DNAZEN_LLR": (
@@ -232,14 +230,14 @@ def _plan(
     counts: dict[str, int],
 ) -> Iterator[_Plan]:  # fmt: skip
     """What to do for each record; `counts` tells its alleles."""
-    lengths = np.array([len(token) for token in loaded.spelling])
+    lengths = np.array([len(token) for token in loaded.id_to_token])
     for record, line in records:
         plan = _Plan(line, loaded.tokenizer.mask_token_id)
         ref = record.ref.upper()
         for alt in map(str.upper, record.alts or ()):
             counts["alleles"] += 1
             problem = None
-            if not (_BASES.fullmatch(ref) and _BASES.fullmatch(alt)):
+            if not (is_clean(ref) and is_clean(alt)):
                 problem = "unspelled"
             elif ref == alt:
                 problem = "unchanged"
@@ -254,8 +252,8 @@ def _plan(
             before = next((at for at in range(shorter) if ref[at] != alt[at]), shorter)
             after = next((at for at in range(shorter - before) if ref[-1 - at] != alt[-1 - at]), shorter - before)
             start, end = record.pos - 1 + before, record.pos - 1 + len(ref) - after
-            left = re.search("[ACGT]*$", reference.fetch(record.chrom, start - flank, start)).group()
-            right = re.match("[ACGT]*", reference.fetch(record.chrom, end, end + flank)).group()
+            left = re.search(f"[{BASES}]*$", reference.fetch(record.chrom, start - flank, start)).group()
+            right = re.match(f"[{BASES}]*", reference.fetch(record.chrom, end, end + flank)).group()
             changed = (allele[before : len(allele) - after] for allele in (ref, alt))
             plan.add(_pair_alleles(left, right, *changed, loaded, lengths))
         yield plan

@@ -10,17 +10,17 @@ from the ends, for there the model sees most around it. Ten bases, with windows 
     window 2        --####      [4, 10), core [6, 10)
 """
 
-import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import IO, NamedTuple
 
-from dnazen.data.fasta import FastaBlock
+from dnazen.data.fasta import FastaBlock, cut_runs
+from dnazen.dna import BASES
 from dnazen.files import InputError
 
-_STRETCH = re.compile(b"[ACGT]+|[^ACGT]+")
 _HELD_BYTES = 1 << 24
+_PART_BASES = 1 << 20  # of a stretch, at a time
 
 
 class Window(NamedTuple):
@@ -54,15 +54,14 @@ def cut_windows(blocks: Iterable[FastaBlock], window: int, stride: int) -> Itera
     """
     # windows depend on where a stretch ends, and that may be a chromosome's end: what is long is kept on disk
     with tempfile.SpooledTemporaryFile(_HELD_BYTES) as stretch:
-        for record, of_record in groupby(blocks, key=lambda block: block.name):
+        for record, of_record in groupby(cut_runs(blocks, _PART_BASES), key=lambda block: block.name):
             end = 0
             for block in of_record:
+                if block.sequence[0] in BASES.encode():
+                    stretch.write(block.sequence)
+                else:
+                    yield from _cut_stretch(record, block.start, stretch, window, stride)
                 end = block.start + len(block.sequence)
-                for match in _STRETCH.finditer(block.sequence):
-                    if match.group()[0] in b"ACGT":
-                        stretch.write(match.group())
-                    else:
-                        yield from _cut_stretch(record, block.start + match.start(), stretch, window, stride)
             yield from _cut_stretch(record, end, stretch, window, stride)
             yield Window(record, end, "", end, end)
 

@@ -80,7 +80,11 @@ def _prepare_corpus(fasta: list[str], tokenizer_dir: Path, corpus_dir: Path) -> 
 
 @contextlib.contextmanager
 def _beating(heartbeat: Path) -> Iterator[None]:
-    """Rewrite a file every few seconds while the block runs; leave the message in it if the block fails."""
+    """Rewrite a file every few seconds while the block runs; leave the message in it if the block fails.
+
+    A lock on the file would not do: on some shared file systems other machines do not see it, and one that is not held
+    may be of a process that has not begun.
+    """
     done = threading.Event()
 
     def beat() -> None:

@@ -28,8 +28,8 @@ from dnazen.analysis.motif_scores import (
 from dnazen.analysis.motifs import build_motifs, summarize
 from dnazen.cli.main import main
 from dnazen.data.corpus import build_corpus
-from dnazen.data.fasta import reverse_complement
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from dnazen.dna import reverse_complement
 from dnazen.files import InputError
 from dnazen.ngram.vocab import NgramVocabulary
 

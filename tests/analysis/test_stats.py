@@ -2,7 +2,6 @@
 
 import collections
 import csv
-import gzip
 import json
 import math
 import random
@@ -19,6 +18,7 @@ from dnazen.data.tables import read_sequences
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from dnazen.files import InputError
 from dnazen.ngram.vocab import NgramVocabulary, open_ngrams
+from tests.helpers.sequences import write_sequences
 
 PICTURES = ("lengths.png", "rank_frequency.png", "pmi.png", "coverage.png", "heatmap.png")
 
@@ -27,13 +27,6 @@ def make_sequences(seed: int, number: int) -> list[str]:
     rng = random.Random(seed)
     words = ["".join(rng.choices("ACGT", k=12)) for _ in range(20)]
     return ["".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(number)]
-
-
-def write_csv(path, sequences):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(f"{line}\n" for line in ("sequence,label", *(f"{sequence},0" for sequence in sequences)))
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +55,8 @@ def ngrams_dir(tmp_path_factory, corpus_dir):
 def data_dir(tmp_path):
     """A folder like GUE's: two groups of data sets, three splits, some of them compressed."""
     for seed, (name, size) in enumerate({"tf/0": 50, "tf/1": 30, "mouse/0": 40}.items()):
-        write_csv(tmp_path / "gue" / name / "train.csv", make_sequences(seed, size))
-        write_csv(tmp_path / "gue" / name / "test.csv.gz", make_sequences(seed + 10, size // 2))
+        write_sequences(tmp_path / "gue" / name / "train.csv", make_sequences(seed, size))
+        write_sequences(tmp_path / "gue" / name / "test.csv.gz", make_sequences(seed + 10, size // 2))
     (tmp_path / "gue" / "tf" / "0" / "train.csv.md5").write_text("no table")
     return tmp_path / "gue"
 
@@ -151,7 +144,7 @@ def test_real_data_equals_plain_counting(shared_data, tmp_path):
 def test_made_up_data_equals_plain_counting(monkeypatch, data_dir, ngrams_dir, batch):
     monkeypatch.setattr(stats_counts, "_BATCH_SEQUENCES", batch[0])
     monkeypatch.setattr(stats_counts, "_BATCH_TOKENS", batch[1])
-    write_csv(data_dir / "tf" / "1" / "other.csv", ["AC", "A", "NNNNACGTNN", "acgtACGT", "ACGUACGU"])
+    write_sequences(data_dir / "tf" / "1" / "other.csv", ["AC", "A", "NNNNACGTNN", "acgtACGT", "ACGUACGU"])
     vocabulary, tokenizer = open_ngrams(ngrams_dir)
     sources = find_sources([data_dir])
     found = collect_statistics(sources, vocabulary, tokenizer)
@@ -220,7 +213,7 @@ def test_pmi_in_the_corpus_itself_is_that_of_the_extraction(corpus_dir, ngrams_d
 
 
 def test_data_in_which_no_ngram_occurs(ngrams_dir, tmp_path):
-    path = write_csv(tmp_path / "a" / "b" / "train.csv", ["A", "AC"])
+    path = write_sequences(tmp_path / "a" / "b" / "train.csv", ["A", "AC"])
     found = build_statistics(ngrams_dir, [path], tmp_path / "stats")
     assert [(split.dataset, split.split, split.total, split.average) for split in found.splits] == [
         ("a/b", "train", 0, 0.0)
@@ -241,8 +234,8 @@ def test_refusals_leave_nothing_behind(data_dir, ngrams_dir, tmp_path, tokenizer
     assert f"{tmp_path / 'empty'}: expected CSV files in this folder" in message(tmp_path / "empty")
     twice = message(data_dir / "tf", data_dir / "mouse")
     assert "expected data sets of different names, found 0 " in twice and str(data_dir / "mouse" / "0") in twice
-    bad = write_csv(data_dir / "tf" / "9" / "train.csv", ["ACGT", "", "ACGT"])
-    assert f"{bad}: line 3 has no sequence" in message(data_dir)
+    bad = write_sequences(data_dir / "tf" / "9" / "train.csv", ["ACGT", "", "ACGT"])
+    assert f"{bad}: line 3: expected a sequence, found nothing" in message(data_dir)
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "ngram.json").write_bytes((ngrams_dir / "ngram.json").read_bytes())
     bare = {"ngrams": tmp_path / "bare" / "ngram.json"}

@@ -1,6 +1,5 @@
 """`dnazen tokenizer` and `dnazen corpus` as a user runs them: results, errors, kills, full disks."""
 
-import random
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 from dnazen.cli.main import main
 from dnazen.data.corpus import Corpus
 from dnazen.data.tokenizer import load_tokenizer, train_tokenizer
+from tests.helpers.sequences import random_bases
 
 FULL_DISK = """\
 import resource, signal, sys
@@ -17,10 +17,6 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 sys.exit(main(sys.argv[1:]))
 """
-
-
-def random_bases(n, seed=0):
-    return "".join(random.Random(seed).choices("ACGT", k=n))
 
 
 @pytest.fixture(scope="module")

@@ -18,21 +18,7 @@ from dnazen.data.corpus import Corpus, build_corpus, summarize
 from dnazen.data.fasta import read_fasta
 from dnazen.data.tokenizer import load_tokenizer, tokenizer_checksum, train_tokenizer
 from dnazen.files import InputError, sha256_file, write_json
-
-PAIRS = {"A": "T", "C": "G", "G": "C", "T": "A"}
-
-
-def random_bases(n, seed=0):
-    return "".join(random.Random(seed).choices("ACGT", k=n))
-
-
-def write_fasta(path, sequences):
-    path.write_text("".join(f">record{i} description\n{sequence}\n" for i, sequence in enumerate(sequences)))
-    return path
-
-
-def other_strand(bases):
-    return "".join(PAIRS[base] for base in reversed(bases))
+from tests.helpers.sequences import other_strand, random_bases, write_fasta
 
 
 def list_sequences(corpus):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dnazen.data.fasta import FastaRecord, find_clean_runs, read_fasta, reverse_complement
+from dnazen.data.fasta import FastaBlock, FastaRecord, cut_runs, read_fasta
 from dnazen.files import InputError
 
 PLAIN = b">chr1 the first\nACGT\nNNAC\n>chr2\nGGCC\n"
@@ -127,24 +127,41 @@ def test_unreadable_file(tmp_path):
         next(read_fasta(path))
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.text(alphabet="ACGTNRX-", max_size=60))
-def test_clean_runs_against_a_walk_over_the_bases(sequence):
-    runs, inside = [], False
-    for i, base in enumerate(sequence):
-        if base in "ACGT":
-            runs = runs[:-1] + [(runs[-1][0], i + 1)] if inside else runs + [(i, i + 1)]
-        inside = base in "ACGT"
-    assert find_clean_runs(sequence) == runs
+@st.composite
+def records_in_blocks(draw):
+    """(records, the same in blocks of any size, a size to cut to)."""
+    text = st.text(alphabet="ACGTACGTACGTNRX-", min_size=1, max_size=60)
+    records = draw(st.lists(text, min_size=1, max_size=3))
+    blocks = []
+    for number, sequence in enumerate(records):
+        ends = sorted(draw(st.sets(st.integers(1, len(sequence) - 1))) if len(sequence) > 1 else ())
+        bounds = [0, *ends, len(sequence)]
+        blocks += [FastaBlock(str(number), a, sequence[a:b].encode()) for a, b in zip(bounds, bounds[1:])]
+    return records, blocks, draw(st.integers(1, 20))
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.text(alphabet="ACGTRYSWKMBDHVN-", max_size=60))
-def test_reverse_complement_is_an_involution(sequence):
-    assert reverse_complement(reverse_complement(sequence)) == sequence
-
-
-def test_reverse_complement_by_hand():
-    assert reverse_complement("AACGTN") == "NACGTT"
-    # IUPAC pairs: R=AG/Y=CT, K=GT/M=AC, B=CGT/V=ACG, D=AGT/H=ACT; S=CG and W=AT are their own.
-    assert reverse_complement("RYKMBVDHSW") == "WSDHBVKMRY"
+@settings(deadline=None, max_examples=200)
+@given(records_in_blocks())
+def test_runs_against_a_walk_over_the_letters(drawn):
+    """The same runs whatever the blocks: all letters once, in order, each block of bases as long as it can be."""
+    records, blocks, size = drawn
+    expected = []  # record, start and bases of each piece of a run
+    for number, sequence in enumerate(records):
+        length = 0
+        for i, letter in enumerate(sequence):
+            is_base = letter in "ACGT"
+            if is_base and 0 < length < size:
+                expected[-1][2] += letter
+                length += 1
+            elif is_base:
+                expected.append([str(number), i, letter])
+                length = 1
+            else:
+                length = 0
+    parts = list(cut_runs(blocks, size))
+    assert [[name, start, text.decode()] for name, start, text in parts if set(text) <= set(b"ACGT")] == expected
+    assert not any(set(text) & set(b"ACGT") for _, _, text in parts if not set(text) <= set(b"ACGT"))
+    for number, sequence in enumerate(records):
+        mine = [part for part in parts if part.name == str(number)]
+        assert b"".join(part.sequence for part in mine).decode() == sequence
+        assert [part.start for part in mine] == [sum(len(p.sequence) for p in mine[:i]) for i in range(len(mine))]

@@ -1,9 +1,7 @@
 """A corpus build that is killed and started again: same bytes as one that was not, nothing done twice."""
 
-import errno
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -15,32 +13,12 @@ import pytest
 
 from dnazen.cli.main import main
 from dnazen.data.corpus import Corpus, build_corpus
-from dnazen.data.corpus import build as shards
 from dnazen.data.tokenizer import load_tokenizer, train_tokenizer
+from tests.helpers.forked import kill_at, limit_files, run_command, run_forked
+from tests.helpers.sequences import random_bases, write_fasta
 
-# Dies by SIGKILL the n-th time that something is written to a file whose name has a given suffix, half of it done.
-KILLER = """\
-import os, signal, sys
-from dnazen.data.corpus import build as shards
-suffix, count = sys.argv.pop(1), int(sys.argv.pop(1))
-write_all = shards._write_all
-def write(file, data):
-    global count
-    if str(file.name).endswith(suffix):
-        count -= 1
-        if count == 0:
-            write_all(file, data[: len(data) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-    write_all(file, data)
-shards._write_all = write
-shards._CHUNK_PIECES = 4
-from dnazen.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def random_bases(n, seed=0):
-    return "".join(random.Random(seed).choices("ACGT", k=n))
+LARGEST = {"tokens": 20, "pieces": 5, "journal": 20}  # tokens a sequence with which a kind of file is the largest
+RECORDS = {"tokens": 3, "pieces": 3, "journal": 300}  # of each FASTA file
 
 
 def read_tree(folder):
@@ -49,160 +27,187 @@ def read_tree(folder):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Five files, the fourth a copy of the second under other record names, and a tokenizer."""
+    """A tokenizer and, with few long records or many short ones, five files, the fourth a copy of the second."""
     folder = tmp_path_factory.mktemp("inputs")
-    for i, seed in enumerate((0, 1, 2, 1, 4)):
-        text = "".join(f">f{i}r{k}\n{random_bases(9_000, 10 * seed + k)}NN\n" for k in range(3))
-        (folder / f"{i}.fa").write_text(text)
+    for number, length in ((3, 30_000), (300, 80)):
+        (folder / str(number)).mkdir()
+        for i, seed in enumerate((0, 1, 2, 1, 4)):
+            records = {f"f{i}r{k}": random_bases(length, 1000 * seed + k) + "NN" for k in range(number)}
+            write_fasta(folder / str(number) / f"{i}.fa", records)
     train_tokenizer([random_bases(20_000)], vocab_size=64).save_pretrained(folder / "tokenizer")
     return folder
 
 
-def arguments(inputs, output_dir):
-    files = [str(inputs / f"{i}.fa") for i in range(5)]
+def arguments(inputs, output_dir, largest="tokens"):
+    files = [str(inputs / str(RECORDS[largest]) / f"{i}.fa") for i in range(5)]
     tokenizer = str(inputs / "tokenizer")
     return ["corpus", "--fasta", *files, "--tokenizer", tokenizer, "--output-dir", str(output_dir), "--dedup",
-            "--max-tokens", "100", "--validation-fraction", "0.2", "--num-workers", "1"]  # fmt: skip
+            "--max-tokens", str(LARGEST[largest]), "--min-length", "20", "--validation-fraction", "0.2",
+            "--num-workers", "1"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def whole(inputs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "corpus"
-    assert main(arguments(inputs, folder)) == 0
-    assert json.loads((folder / "manifest.json").read_text())["totals"]["duplicates"] == 3 * 23
-    return read_tree(folder)
+    """By the kind of file that is the largest, what a build that was not stopped wrote, and that file's size.
+
+    A journal's size is a guess: that of a line is what the manifest says of a file, and some 300 bytes.
+    """
+    found = {}
+    for largest in LARGEST:
+        folder = tmp_path_factory.mktemp("whole") / largest
+        assert main(arguments(inputs, folder, largest)) == 0
+        manifest = json.loads((folder / "manifest.json").read_text())
+        pieces = [sum(record["pieces"] for record in source["records"]) for source in manifest["sources"]]
+        assert pieces[3] == 0 and manifest["totals"]["duplicates"] == pieces[1]
+        assert largest == "journal" or min(pieces[:3]) > 1024  # so that each file is done in several steps
+        said = len(json.dumps([manifest["sources"], manifest["validation"]])) + 5 * 300
+        path = folder / f"train-00000.{largest}.npy"
+        found[largest] = read_tree(folder), said if largest == "journal" else path.stat().st_size
+    return found
 
 
 @pytest.mark.parametrize(
-    ("suffix", "count", "files_done"),
+    ("largest", "share", "files_done"),
     [
-        ("train-00000.tokens.npy", 2, 0),
-        ("train-00000.tokens.npy", 20, 1),
-        ("train-00000.offsets.npy", 45, 2),
-        ("train-00000.pieces.npy", 40, 2),
-        ("journal", 4, 3),
-        ("journal", 5, 4),
-        ("validation-00000.pieces.npy", 40, None),
+        ("tokens", 0.1, 0),
+        ("tokens", 0.24, 0),
+        ("tokens", 0.4, 1),
+        ("pieces", 0.6, 2),
+        ("pieces", 0.99, 4),
+        ("journal", 0.1, 0),
+        ("journal", 0.5, 2),
+        ("journal", 0.9, 4),
     ],
 )
-def test_killed_build_goes_on(inputs, whole, tmp_path, capsys, suffix, count, files_done):
-    output_dir = tmp_path / "corpus"
-    command = [sys.executable, "-c", KILLER, suffix, str(count), *arguments(inputs, output_dir)]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+def test_build_killed_while_it_writes_goes_on(inputs, whole, tmp_path, caplog, largest, share, files_done):
+    """It dies with a part of what it was about to write on disk."""
+    tree, size = whole[largest]
+    command = arguments(inputs, tmp_path / "corpus", largest)
+    code = run_command(*command, before=lambda: limit_files(int(share * size), is_fatal=True))
+    assert code == -signal.SIGXFSZ
     (leftover,) = tmp_path.iterdir()
     assert leftover.name.startswith(".corpus.") and not (leftover / "manifest.json").exists()
-    assert main(arguments(inputs, output_dir)) == 0
-    printed = capsys.readouterr().out
-    if files_done is not None:
-        assert (f"behind {files_done} of 5 files" in printed) == (files_done > 0), printed
-    assert read_tree(output_dir) == whole
+    cut = leftover / (".state/journal" if largest == "journal" else f"train-00000.{largest}.npy")
+    assert cut.stat().st_size == int(share * size)
+    assert main(command) == 0
+    assert (f"going on behind {files_done} of 5 files" in caplog.text) == (files_done > 0), caplog.text
+    assert read_tree(tmp_path / "corpus") == tree
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+@pytest.mark.parametrize("at", ["manifest.json.tmp", "os.rename"])
+def test_build_killed_when_all_files_are_done_goes_on(inputs, whole, tmp_path, caplog, at):
+    command = arguments(inputs, tmp_path / "corpus")
+    assert run_command(*command, before=lambda: kill_at(at)) == -signal.SIGKILL
+    (leftover,) = tmp_path.iterdir()
+    assert main(command) == 0
+    assert ("going on behind 5 of 5 files" in caplog.text) == (at != "os.rename"), caplog.text
+    assert read_tree(tmp_path / "corpus") == whole["tokens"][0]
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
 def test_build_killed_twice_and_then_asked_for_something_else(inputs, whole, tmp_path, caplog):
-    output_dir = tmp_path / "corpus"
-    for suffix, count in (("journal", 2), ("journal", 2)):
-        command = [sys.executable, "-c", KILLER, suffix, str(count), *arguments(inputs, output_dir)]
-        assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    output_dir, (tree, size) = tmp_path / "corpus", whole["journal"]
+    command = arguments(inputs, output_dir, "journal")
+    for share in (0.3, 0.5):
+        code = run_command(*command, before=lambda: limit_files(int(share * size), is_fatal=True))  # noqa: B023
+        assert code == -signal.SIGXFSZ
     (leftover,) = tmp_path.iterdir()
-    assert len((leftover / ".state" / "journal").read_bytes().splitlines()) == 3  # two lines, and half of a third
-    other = arguments(inputs, output_dir)
+    assert len((leftover / ".state" / "journal").read_bytes().splitlines()) == 3  # two lines, and a part of a third
+    other = [*command]
     other[other.index("0.2")] = "0.3"
     assert main(other) == 0
     assert f"removing {leftover}: the process that wrote it was killed" in caplog.text
-    assert read_tree(output_dir) != whole
-    assert main(arguments(inputs, tmp_path / "again")) == 0
-    assert read_tree(tmp_path / "again") == whole
+    assert read_tree(output_dir) != tree
+    assert main(arguments(inputs, tmp_path / "again", "journal")) == 0
+    assert read_tree(tmp_path / "again") == tree
 
 
-def test_changed_input_is_not_gone_on_with(inputs, tmp_path):
+def test_changed_input_is_not_gone_on_with(inputs, whole, tmp_path):
     output_dir = tmp_path / "corpus"
-    command = arguments(inputs, output_dir)
+    command = arguments(inputs, output_dir, "journal")
     changed = tmp_path / "changed.fa"
-    changed.write_bytes((inputs / "0.fa").read_bytes())
+    changed.write_bytes((inputs / "300" / "0.fa").read_bytes())
     command[2] = str(changed)
-    killed = subprocess.run([sys.executable, "-c", KILLER, "journal", "4", *command], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
-    changed.write_text(f">other\n{random_bases(5_000, 99)}\n")
+    size = int(0.7 * whole["journal"][1])
+    assert run_command(*command, before=lambda: limit_files(size, is_fatal=True)) == -signal.SIGXFSZ
+    write_fasta(changed, {"other": random_bases(5_000, 99)})
     assert main(command) == 0
     names = [record["name"] for record in Corpus.open(output_dir).manifest["sources"][0]["records"]]
     assert names == ["other"]
 
 
-@pytest.mark.parametrize("batches", [25, 60, 85])
-def test_shards_closed_before_and_after_the_stop(inputs, tmp_path, monkeypatch, batches):
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("at", ["train-00010", "train-00025", "validation-00004"])
+def test_shards_closed_before_and_after_the_stop(inputs, tmp_path, kind, at):
+    """Killed, or stopped by Ctrl-C, where a shard begins."""
     tokenizer = load_tokenizer(inputs / "tokenizer")
-    files = [inputs / f"{i}.fa" for i in range(5)]
-    options = dict(max_tokens=100, validation_fraction=0.2, shard_tokens=2500, num_workers=1)
+    files = [inputs / "3" / f"{i}.fa" for i in range(5)]
+    options = dict(max_tokens=20, validation_fraction=0.2, shard_tokens=5000, num_workers=1)
     build_corpus(files, tokenizer, tmp_path / "whole", **options)
-    assert len(list(tmp_path.glob("whole/train-*.tokens.npy"))) > 10
+    assert len(list(tmp_path.glob("whole/train-*.tokens.npy"))) > 25
 
-    def interrupt(self, *arguments):
-        nonlocal batches
-        take(self, *arguments)
-        batches -= 1
-        if not batches:
-            raise KeyboardInterrupt
+    def build():
+        kill_at(f"{at}.tokens.npy", kind, tears=False)
+        try:
+            build_corpus(files, tokenizer, tmp_path / "corpus", **options)
+        except KeyboardInterrupt:
+            return 130
 
-    take = shards._Builder._take
-    monkeypatch.setattr(shards, "_CHUNK_PIECES", 4)
-    monkeypatch.setattr(shards._Builder, "_take", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        build_corpus(files, tokenizer, tmp_path / "corpus", **options)
-    monkeypatch.undo()
+    assert run_forked(build) == (130 if kind == signal.SIGINT else -signal.SIGKILL)
     assert len(list(tmp_path.glob(".corpus.*.tmp"))) == 1
     build_corpus(files, tokenizer, tmp_path / "corpus", **options)
     assert read_tree(tmp_path / "corpus") == read_tree(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "whole"]
 
 
-def test_killed_worker_is_an_error_and_the_build_goes_on(inputs, tmp_path, whole, monkeypatch, capsys, caplog):
-    def die(self, batch):
-        return os.kill(os.getpid(), signal.SIGKILL) if batch.source == 3 else tokenize(self, batch)
-
-    tokenize = shards._PieceTokenizer.__call__
-    command = [*arguments(inputs, tmp_path / "corpus")[:-1], "2"]
-    monkeypatch.setattr(shards, "_BYTES_PER_WORKER", 1)
-    monkeypatch.setattr(shards, "_CHUNK_PIECES", 4)
-    monkeypatch.setattr(shards._PieceTokenizer, "__call__", die)
-    assert main(command) == 1
-    printed = capsys.readouterr().err
+def test_killed_worker_is_an_error_and_the_build_goes_on(inputs, tmp_path, caplog):
+    """The first file is small, so that it is done when a worker is killed, and the last large, so that it is not."""
+    lengths = (60_000, 600_000, 1_500_000)
+    files = [write_fasta(tmp_path / f"{i}.fa", {"r": random_bases(length, i)}) for i, length in enumerate(lengths)]
+    command = ["corpus", "--fasta", *map(str, files), "--tokenizer", str(inputs / "tokenizer"), "--max-tokens", "100",
+               "--num-workers", "2", "--output-dir"]  # fmt: skip
+    program = [sys.executable, "-m", "dnazen.cli.main", *command, str(tmp_path / "corpus")]
+    process = subprocess.Popen(program, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    journals = []
+    while not any(journal.stat().st_size for journal in journals):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+        journals = list(tmp_path.glob(".corpus.*.tmp/.state/journal"))
+    psutil.Process(process.pid).children()[0].kill()
+    printed = process.communicate()[1]
+    assert process.returncode == 1
     assert "error: a worker was killed, perhaps for want of memory: use a lower --num-workers" in printed
     assert "Traceback" not in printed
-    (kept,) = tmp_path.iterdir()
-    assert f"keeping {kept}" in caplog.text
-    monkeypatch.setattr(shards._PieceTokenizer, "__call__", tokenize)
-    assert main(command) == 0
-    assert "going on     behind " in capsys.readouterr().out
-    assert read_tree(tmp_path / "corpus") == whole
+    (kept,) = tmp_path.glob(".*")
+    assert f"keeping {kept}" in printed
+    assert main([*command, str(tmp_path / "corpus")]) == 0
+    assert "going on behind " in caplog.text
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    assert read_tree(tmp_path / "corpus") == read_tree(tmp_path / "whole")
 
 
-def test_bad_file_costs_nothing_but_itself(inputs, tmp_path, whole, capsys):
+def test_bad_file_costs_nothing_but_itself(inputs, tmp_path, whole, capsys, caplog):
     command = arguments(inputs, tmp_path / "corpus")
-    last = tmp_path / "4.fa"
-    last.write_bytes((inputs / "4.fa").read_bytes() + b">bad\n!")
+    last, good = tmp_path / "4.fa", (inputs / "3" / "4.fa").read_bytes()
+    last.write_bytes(good + b">bad\n!")
     command[6] = str(last)
     assert main(command) == 1
     assert "4.fa: cannot be read as FASTA: record 'bad' has '!'" in capsys.readouterr().err
-    last.write_bytes((inputs / "4.fa").read_bytes())
+    last.write_bytes(good)
     assert main(command) == 0
-    assert "behind 4 of 5 files" in capsys.readouterr().out
-    assert read_tree(tmp_path / "corpus") == whole
+    assert "behind 4 of 5 files" in caplog.text
+    assert read_tree(tmp_path / "corpus") == whole["tokens"][0]
 
 
-def test_full_disk_costs_nothing_that_is_finished(inputs, tmp_path, whole, capsys, monkeypatch):
-    def write(file, data):
-        if str(file.name).endswith("journal") and files_left.pop() == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_all(file, data)
-
-    write_all, files_left = shards._write_all, [0, 1, 2]
-    monkeypatch.setattr(shards, "_write_all", write)
-    assert main(arguments(inputs, tmp_path / "corpus")) == 1
-    assert "No space left on device" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert main(arguments(inputs, tmp_path / "corpus")) == 0
-    assert "behind 2 of 5 files" in capsys.readouterr().out
-    assert read_tree(tmp_path / "corpus") == whole
+def test_full_disk_costs_nothing_that_is_finished(inputs, tmp_path, whole, capfd, caplog):
+    tree, size = whole["journal"]
+    command = arguments(inputs, tmp_path / "corpus", "journal")
+    assert run_command(*command, before=lambda: limit_files(size // 2, is_fatal=False)) == 1
+    assert "File too large" in capfd.readouterr().err
+    assert main(command) == 0
+    assert "behind 2 of 5 files" in caplog.text
+    assert read_tree(tmp_path / "corpus") == tree
 
 
 def test_workers_end_with_a_killed_build(inputs, tmp_path, caplog):

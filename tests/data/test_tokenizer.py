@@ -1,20 +1,21 @@
 """Tokenizers: trained like DNABERT-2's, loaded from disk, told apart by their models."""
 
+import gzip
+import hashlib
 import json
-import random
 import shutil
 import warnings
 
 import pytest
-from tokenizers import Tokenizer, models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers
 
+from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.fasta import read_fasta
 from dnazen.data.tokenizer import choose_vocab_size, load_tokenizer, tokenizer_checksum, train_tokenizer
 from dnazen.files import InputError
-
-
-def random_bases(n, seed=0):
-    return "".join(random.Random(seed).choices("ACGT", k=n))
+from tests.helpers.sequences import random_bases, write_fasta
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,9 @@ def small_tokenizer():
 def test_trained_like_dnabert2(small_tokenizer, shared_data):
     ours = json.loads(small_tokenizer.backend_tokenizer.to_str())
     theirs = json.loads((shared_data / "tokenizer" / "tokenizer.json").read_text())
-    for section in theirs.keys() - {"model"}:
+    for section in theirs.keys() - {"model", "normalizer"}:
         assert ours[section] == theirs[section], section
+    assert theirs["normalizer"] is None
     for setting in ("type", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"):
         assert ours["model"][setting] == theirs["model"][setting], setting
     assert list(ours["model"]["vocab"])[:9] == list(theirs["model"]["vocab"])[:9]
@@ -150,3 +152,87 @@ def test_what_is_no_tokenizer(tmp_path, shared_data):
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(InputError, match="tokenizer_config.json: expected a tokenizer's configuration"):
         load_tokenizer(tmp_path)
+
+
+# --- lower case ------------------------------------------------------------------------------------------------------
+
+
+def old_tokenizer(folder, tokenizer):
+    """A tokenizer without a normalizer, as they used to be: the folder of its file, and how the library reads it."""
+    saved = json.loads(tokenizer.backend_tokenizer.to_str())
+    saved["normalizer"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    return folder, Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def test_soft_masked_genome_has_the_tokens_of_its_bases(shared_data):
+    """Real text of UCSC, with repeats in lower case, on stretches without N, by DNABERT-2's published tokenizer."""
+    tokenizer = load_tokenizer(shared_data / "tokenizer")
+    raw = Tokenizer.from_file(str(shared_data / "tokenizer" / "tokenizer.json"))
+    with gzip.open(shared_data / "genomes" / "ucsc.hg19.chr20.unittest.fasta.gz", "rt") as file:
+        text = "".join(line.strip() for line in file if ">" not in line and "N" not in line)
+    pieces = [text[i : i + 2000] for i in range(0, len(text), 2000)]
+    pieces = [piece for piece in pieces if not set(piece) - set("ACGTacgt")][:100]
+    masked = [piece for piece in pieces if not piece.isupper()]
+    assert len(masked) > 20 and any(not piece.islower() for piece in masked)
+    assert raw.token_to_id("[UNK]") in raw.encode(masked[0]).ids  # the premise
+    for piece in pieces:
+        found, expected = tokenizer.backend_tokenizer.encode(piece), raw.encode(piece.upper())
+        assert (found.ids, found.offsets) == (expected.ids, expected.offsets)
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="ACGTUacgtuNnRry-. ", max_size=80))
+def test_letter_by_letter(small_tokenizer, text):
+    """Lower case and U have the tokens and the offsets of upper case and T; other letters stay what they were."""
+    plain = Tokenizer.from_str(small_tokenizer.backend_tokenizer.to_str())
+    plain.normalizer = None
+    upper = text.translate(str.maketrans("acgtuU", "ACGTTT"))
+    found, expected = small_tokenizer.backend_tokenizer.encode(text), plain.encode(upper)
+    assert (found.ids, found.offsets) == (expected.ids, expected.offsets)
+    (fast,) = small_tokenizer.backend_tokenizer.encode_batch_fast([text])
+    assert fast.ids == expected.ids
+
+
+def test_special_tokens_between_lower_case(small_tokenizer):
+    ids = small_tokenizer("acg[MASK]acg", add_special_tokens=False)["input_ids"]
+    half = small_tokenizer("ACG", add_special_tokens=False)["input_ids"]
+    assert ids == [*half, small_tokenizer.mask_token_id, *half]
+
+
+def test_tokenizer_without_normalizer_gets_it(tmp_path, small_tokenizer):
+    """Its file keeps its checksum and its tokens, and what is saved of it has the normalizer."""
+    folder, raw = old_tokenizer(tmp_path, small_tokenizer)
+    loaded = load_tokenizer(folder)
+    assert tokenizer_checksum(loaded) == tokenizer_checksum(small_tokenizer)
+    sequence = random_bases(3000, 5)
+    assert loaded(sequence)["input_ids"] == loaded(sequence.lower())["input_ids"] == raw.encode(sequence).ids
+    loaded.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "tokenizer.json").read_text())
+    assert saved == json.loads(small_tokenizer.backend_tokenizer.to_str())
+
+
+def test_checksum_is_the_one_that_was_always_recorded(shared_data):
+    """SHA-256 of the file's model alone, so that what was made with an old tokenizer.json still fits."""
+    raw = Tokenizer.from_file(str(shared_data / "tokenizer" / "tokenizer.json"))
+    model = json.loads(raw.to_str())["model"]
+    expected = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
+    assert tokenizer_checksum(load_tokenizer(shared_data / "tokenizer")) == expected
+
+
+def test_another_normalizer_stays(tmp_path, small_tokenizer):
+    backend = Tokenizer.from_str(small_tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.NFC()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert isinstance(load_tokenizer(tmp_path).backend_tokenizer.normalizer, normalizers.NFC)
+
+
+def test_corpus_of_an_old_tokenizer_is_read_and_gone_on_with(tmp_path, small_tokenizer):
+    """Same tokens, same checksum, whether the corpus' own copy has the normalizer or not."""
+    folder, _ = old_tokenizer(tmp_path, small_tokenizer)
+    path = write_fasta(tmp_path / "a.fa", {"a": random_bases(9000, 3).lower()})
+    for name, tokenizer in (("old", load_tokenizer(folder)), ("new", small_tokenizer)):
+        build_corpus([path], tokenizer, tmp_path / name, max_tokens=50, validation_fraction=0.1)
+    shutil.copy(folder / "tokenizer.json", tmp_path / "old" / "tokenizer" / "tokenizer.json")
+    old, new = Corpus.open(tmp_path / "old"), Corpus.open(tmp_path / "new")
+    assert old.checksum == new.checksum

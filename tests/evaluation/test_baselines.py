@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from dnazen.batches.collator import IGNORE_INDEX, PackedCollator, PackedDataset
 from dnazen.batches.sampler import MicroBatch
 from dnazen.data.corpus import Corpus
-from dnazen.data.tokenizer import spell_tokens
+from dnazen.data.tokenizer import tokens_by_id
 from dnazen.evaluation.baselines import Baselines
 from dnazen.evaluation.held_out import HELD_OUT_MASKING
 from dnazen.evaluation.markov import MarkovModel, choose_strengths, count_kmers, markov_probabilities
 from dnazen.evaluation.targets import CONTEXT_BASES, Spelling, Targets, collect_targets
 from dnazen.ngram.vocab import load_ngrams
+from tests.helpers.sequences import other_strand
 
 UNKNOWN = 4
 
@@ -41,7 +42,7 @@ def targets(corpus, dataset):
 
 def test_targets_are_the_hidden_tokens_and_what_is_seen_around_them(corpus, dataset, targets):
     """Against a walk over the tokens of each sequence, one by one."""
-    spelled = spell_tokens(corpus.tokenizer)
+    spelled = tokens_by_id(corpus.tokenizer)
     row = 0
     for number in range(len(corpus.validation)):
         batch = dataset[MicroBatch(0, np.array([number]))][0]
@@ -75,7 +76,7 @@ def bases(codes) -> str:
 @settings(max_examples=100, deadline=None)
 def test_kmers_are_those_of_both_strands(text):
     codes = np.array(["ACGTN".index(base) for base in text], dtype=np.uint8)
-    reverse = text[::-1].translate(str.maketrans("ACGT", "TGCA"))
+    reverse = other_strand(text)
     for k, counts in enumerate(count_kmers(codes, 5), start=1):
         windows = (strand[i : i + k] for strand in (text, reverse) for i in range(len(text) - k + 1))
         expected = Counter(window for window in windows if "N" not in window)
@@ -96,7 +97,7 @@ def test_markov_probabilities_of_each_context_sum_to_one(corpus):
 
 def test_markov_model_multiplies_what_a_walk_over_the_bases_multiplies(corpus, targets):
     """log p(left, token, right) - log p(left) - log p(token), base by base in plain Python."""
-    spelling, spelled = Spelling(corpus.tokenizer), spell_tokens(corpus.tokenizer)
+    spelling, spelled = Spelling(corpus.tokenizer), tokens_by_id(corpus.tokenizer)
     text, _ = spelling.spell(np.concatenate([corpus.train[i].astype(np.int64) for i in range(50)]))
     tables = markov_probabilities(count_kmers(text, 4), [10.0, 30.0, 100.0])
     some = targets.take(slice(0, 12))

@@ -1,6 +1,5 @@
 """A small DNAZEN with random weights, and data that it can learn: sequences with or without a motif."""
 
-import csv
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,21 +10,9 @@ import torch
 from dnazen.data.tokenizer import save_tokenizer, train_tokenizer
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.ngram.vocab import NgramVocabulary
+from tests.helpers.sequences import random_bases, write_csv
 
 MOTIF = "TATAAAGGCC"
-
-
-def random_sequence(rng: random.Random, length: int) -> str:
-    return "".join(rng.choices("ACGT", k=length))
-
-
-def write_csv(path: Path, rows: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def write_splits(folder: Path, make_row: Callable[[random.Random], dict], sizes=(64, 24, 24)) -> Path:
@@ -39,7 +26,7 @@ def write_splits(folder: Path, make_row: Callable[[random.Random], dict], sizes=
 def motif_row(rng: random.Random) -> dict:
     """One half of the sequences has the motif, three times."""
     label = rng.randrange(2)
-    pieces = [random_sequence(rng, rng.randrange(8, 16)) for _ in range(4)]
+    pieces = [random_bases(rng.randrange(8, 16), rng) for _ in range(4)]
     return {"sequence": (MOTIF if label else "").join(pieces), "label": label}
 
 

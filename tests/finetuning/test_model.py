@@ -21,8 +21,9 @@ from dnazen.finetuning.preprocessing import PaddedPreprocessor, open_preprocesso
 from dnazen.finetuning.tasks import Classification, PerBase
 from dnazen.inference.loading import load_for_inference
 from dnazen.models import DNAZenForMaskedLM, DNAZenForSequenceClassification, DNAZenForTokenClassification
-from tests.finetuning.conftest import motif_row, random_sequence
+from tests.finetuning.conftest import motif_row
 from tests.helpers.published import write_dnabert2
+from tests.helpers.sequences import random_bases
 
 TASK = Classification(2)
 
@@ -34,7 +35,7 @@ def table_of(*rows: tuple[str, ...]) -> Table:
 @pytest.fixture(scope="module")
 def sequences():
     rng = random.Random(3)
-    return [(motif_row(rng)["sequence"] + random_sequence(rng, rng.randrange(60)),) for _ in range(64)]
+    return [(motif_row(rng)["sequence"] + random_bases(rng.randrange(60), rng),) for _ in range(64)]
 
 
 def make(folder, task=TASK, **options):

@@ -20,8 +20,9 @@ from dnazen.finetuning.finetuned import open_finetuned
 from dnazen.finetuning.predict import predict
 from dnazen.finetuning.run import finetune
 from dnazen.models import DNAZenForSequenceClassification
-from tests.finetuning.conftest import random_sequence, write_splits
+from tests.finetuning.conftest import write_splits
 from tests.helpers.launch import PROGRAMS, ROOT, environment, run
+from tests.helpers.sequences import random_bases
 
 SCRIPT = ROOT / "dnazen" / "finetune.py"
 WITHOUT_SEARCH = PROGRAMS / "without_search.py"
@@ -207,7 +208,7 @@ def _is_longer(preprocessor, row, max_length):
 
 
 def regression_row(rng):
-    text = random_sequence(rng, 30)
+    text = random_bases(30, rng)
     return {"sequence": text, "label": f"{text.count('G') / 30:.4f}"}
 
 
@@ -229,19 +230,19 @@ def test_regression_does_not_depend_on_the_unit(model_folder, tmp_path):
 
 
 def multi_label_row(rng):
-    text = random_sequence(rng, 30)
+    text = random_bases(30, rng)
     return {"sequence": text, "label": f"{int(text.count('G') > 7)} {int(text.count('A') > 7)}"}
 
 
 def per_base_row(rng):
-    text = random_sequence(rng, rng.randrange(20, 40))
+    text = random_bases(rng.randrange(20, 40), rng)
     return {"sequence": text, "label": "".join(str(int(base in "GC")) for base in text)}
 
 
 def pair_row(rng):
     label = rng.randrange(2)
-    first = random_sequence(rng, 25)
-    return {"sequence1": first, "sequence2": first if label else random_sequence(rng, 25), "label": label}
+    first = random_bases(25, rng)
+    return {"sequence1": first, "sequence2": first if label else random_bases(25, rng), "label": label}
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_each_task_trains_and_predicts(model_folder, tmp_path, make_row, task, m
 def test_rare_class_is_found_with_weights(model_folder, tmp_path):
     """A fifth of the rows is of class 1, whatever their sequence: weighted heavily, the model says 1 for all."""
     data = write_splits(
-        tmp_path / "data", lambda rng: {"sequence": random_sequence(rng, 30), "label": int(rng.random() < 0.2)}
+        tmp_path / "data", lambda rng: {"sequence": random_bases(30, rng), "label": int(rng.random() < 0.2)}
     )
     for name, weights, expected in (("plain", None, 0), ("weighted", ["1", "1000"], 1)):
         tune(model_folder, data, tmp_path / name, class_weights=weights, num_train_epochs=3)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -45,21 +46,31 @@ def run_command(*words: object, before: Callable[[], None] = lambda: None) -> in
     return run_forked(run)
 
 
-def kill_at(name: str) -> None:
+def kill_at(name: str, kind: int = signal.SIGKILL, tears: bool = True) -> None:
     """Kill -9 this process where it opens the file `name` to write it, or at "os.rename" where a folder is renamed.
 
-    What was written last, before that file, is cut in half.
+    `kind` may be another signal. What was opened last, before that file, is cut in half if `tears`.
     """
     written = []
 
     def watch(event: str, details: tuple) -> None:
         if event == "open" and not isinstance(details[0], int) and set(details[1] or "") & set("wax+"):
             if os.path.basename(details[0]) == name:
-                for path in written[-1:]:
+                for path in written[-1:] if tears else ():
                     os.truncate(path, os.path.getsize(path) // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), kind)
             written.append(details[0])
         elif event == name == "os.rename" and os.path.isdir(details[0]):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), kind)
 
     sys.addaudithook(watch)
+
+
+def limit_files(size: int, is_fatal: bool) -> None:
+    """Let no file of this process grow beyond `size` bytes; what fits is written.
+
+    What does not fit is an error, as of a full disk, or, if fatal, kills the process on the spot by SIGXFSZ.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if is_fatal else signal.SIG_IGN)

@@ -15,8 +15,8 @@ import torch
 
 from dnazen.batches.collator import PackedCollator
 from dnazen.cli.main import main
-from dnazen.data.fasta import reverse_complement
 from dnazen.data.tokenizer import load_tokenizer
+from dnazen.dna import reverse_complement
 from dnazen.inference.embed import POOLINGS, embed
 from dnazen.models import DNAZenModel
 from dnazen.ngram.vocab import NgramVocabulary
@@ -250,7 +250,7 @@ def test_what_is_refused(model_folder, tmp_path, capsys, content, more, message)
     "content, message",
     [
         ("seq,label\nACGT,0\n", "expected a column 'sequence', found ['seq', 'label']"),
-        ("sequence,label\nACGT,0\n,1\n", "line 3 has no sequence"),
+        ("sequence,label\nACGT,0\n,1\n", "line 3: expected a sequence, found nothing"),
         ("sequence,label\nACGT,0\nACQT,1\n", "row 2 has 'Q' at position 3; expected nucleotides"),
         ("sequence\n", "expected a sequence in each row, found no rows"),
     ],

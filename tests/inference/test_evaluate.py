@@ -14,6 +14,7 @@ from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.ngram.build import build_ngrams
 from dnazen.ngram.vocab import load_ngrams
 from dnazen.pretraining.prepare import PACKAGED_GENOME
+from tests.helpers.sequences import other_strand
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def folder(tmp_path_factory):
     sequence = next(read_fasta(PACKAGED_GENOME)).sequence
     (folder / "own.fa").write_text(f">own\n{sequence[:100_000]}\n")
     other = "".join(np.random.default_rng(0).choice(list("ACGT"), 30_000))
-    reverse = sequence[:30_000][::-1].translate(str.maketrans("ACGT", "TGCA"))
+    reverse = other_strand(sequence[:30_000])
     (folder / "other.fa").write_text(f">other\n{other}\n>reverse\n{reverse}\n")
     tokenizer = train_tokenizer([sequence[:100_000]], vocab_size=64)
     build_corpus([folder / "own.fa"], tokenizer, folder / "corpus", max_tokens=126, validation_fraction=0.1)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dnazen.batches.collator import PackedCollator
 from dnazen.cli.main import main
-from dnazen.data.fasta import reverse_complement
 from dnazen.data.tokenizer import load_tokenizer
+from dnazen.dna import reverse_complement
 from dnazen.inference.loading import load_for_inference
 from dnazen.inference.variants import _pair_alleles, variants
 from dnazen.models import DNAZenForMaskedLM
@@ -188,10 +188,10 @@ def loaded(model_folder):
 def test_what_is_scored_spells_the_same_stretch_around_either_allele(loaded, left, right, ref, alt):
     if {ref[:1], ref[-1:]} & {alt[:1], alt[-1:]}:
         return  # not what remains of two alleles
-    spell = [len(token) for token in loaded.spelling]
+    spell = [len(token) for token in loaded.id_to_token]
     for pair in _pair_alleles(left, right, ref, alt, loaded, np.array(spell)):
         scored = map(pair.spelled, (pair.ref, pair.alt))
-        text = ["".join(loaded.spelling[token] for token in tokens) for tokens in scored]
+        text = ["".join(loaded.id_to_token[token] for token in tokens) for tokens in scored]
         assert text[0] and text[1] and text[0] != text[1]
         assert len(text[1]) - len(text[0]) == len(alt) - len(ref)
         for count in range(3):

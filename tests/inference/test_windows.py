@@ -7,7 +7,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dnazen.data.fasta import FastaBlock, reverse_complement
+from dnazen.data.fasta import FastaBlock
+from dnazen.dna import reverse_complement
 from dnazen.inference.windows import cut_windows
 
 

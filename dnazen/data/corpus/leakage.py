@@ -1,4 +1,8 @@
-"""Which sequences of a benchmark's CSV files occur in a corpus, on either strand."""
+"""Which sequences of a benchmark's CSV files occur in a corpus, on either strand.
+
+Each sequence and its reverse complement is a pattern. The corpus is read block by block as text. Wherever the 32
+letters from a place on are the first 32 of a pattern (its anchor), the rest of the pattern is compared.
+"""
 
 import itertools
 from bisect import bisect_left, bisect_right
@@ -10,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dnazen.data.fasta import reverse_complement
 from dnazen.data.tables import read_sequences
+from dnazen.dna import is_clean, reverse_complement
 from dnazen.files import sha256_file
 from dnazen.processes import cut_blocks, map_in_order
 
@@ -46,21 +50,27 @@ class _Block(NamedTuple):
 def load_targets(path: str | PathLike) -> Targets:
     """Read the column `sequence` of a CSV file, plain or compressed; InputError as `read_sequences`."""
     path, sequences = Path(path), list(read_sequences(path))
-    clean = [sequence for sequence in sequences if not sequence.strip("ACGT")]
+    clean = [sequence for sequence in sequences if is_clean(sequence)]
     long = [sequence for sequence in clean if len(sequence) >= ANCHOR_BASES]
     return Targets(path, sha256_file(path), long, len(clean) - len(long), len(sequences) - len(clean))
 
 
 def find_leaks(
-    targets: Sequence[Targets], shards: Sequence[Shard], spelling: Sequence[str], num_workers: int
+    targets: Sequence[Targets], shards: Sequence[Shard], id_to_token: Sequence[str], num_workers: int
 ) -> list[dict[str, Any]]:
     """Count the sequences of each file that occur in the training and in the validation split, on either strand.
 
-    A sequence occurs where it lies, whole, in pieces that are neighbours in their record; one that straddles a border
-    of the splits is counted in both. `spelling` has the bases of each token id.
+    A sequence occurs where all of its bases lie in pieces of the corpus that follow each other without a gap in their
+    record. Where some of those pieces are in one split and some in the other, it is counted in both.
+
+    Args:
+        targets: the files.
+        shards: of the corpus.
+        id_to_token: the bases of each token id.
+        num_workers: processes.
     """
     patterns = [strand for target in targets for s in target.sequences for strand in (s, reverse_complement(s))]
-    finder = _Finder(patterns, shards, spelling)
+    finder = _Finder(patterns, shards, id_to_token)
     found = {split: np.zeros(len(patterns), bool) for split, _ in shards}
     total = sum(len(arrays["tokens"]) for _, arrays in shards)
     with tqdm(desc="looking for leaks", disable=None, unit=" tokens", unit_scale=True, total=total) as progress:
@@ -88,35 +98,38 @@ def find_leaks(
 
 
 class _Span(NamedTuple):
-    """Bases of one sequence; an N, of no split, where neighbours are none."""
+    """A part of a block's text: the bases of one sequence, or an N between two that do not follow each other."""
 
-    split: str | None
-    is_own: bool  # of the block: an occurrence may begin here
+    split: str | None  # of an N: None
+    is_own: bool  # whether the sequence is of the block itself, so that patterns are looked for that begin in it
     bases: str
 
 
 class _Finder:
-    """Which patterns begin in a block of sequences. A place is a record and a base of it, in one number."""
+    """Called with a block of sequences, finds the patterns that begin in it.
 
-    def __init__(self, patterns: Sequence[str], shards: Sequence[Shard], spelling: Sequence[str]):
+    A place is a base of a record, as one number: the record's number, shifted, and the base's.
+    """
+
+    def __init__(self, patterns: Sequence[str], shards: Sequence[Shard], id_to_token: Sequence[str]):
         anchors = np.array([_anchor_codes(pattern[:ANCHOR_BASES].encode())[0] for pattern in patterns], np.uint64)
         order = np.argsort(anchors, kind="stable")
         self._anchors, self._order = anchors[order], order
         self._patterns = [pattern.encode() for pattern in patterns]
         self._longest = max(map(len, patterns), default=0)
-        self._shards, self._spelling = shards, spelling
+        self._shards, self._id_to_token = shards, id_to_token
         self._bridges = _find_bridges(shards) if patterns else {}
         self._filter = np.zeros(1 << _FILTER_BITS, bool)
         self._filter[_hash(anchors)] = True
 
     def __call__(self, block: _Block) -> dict[str, list[int]]:
-        """The patterns that begin in a block, by the splits in which they lie, or lie in part."""
+        """The numbers of the patterns that begin in a block, by each split in which some of their bases lie."""
         spans = list(self._join(block)) if self._patterns else []
         text = "".join(span.bases for span in spans).encode()
         if len(text) < ANCHOR_BASES:
             return {}
         ends = list(itertools.accumulate(len(span.bases) for span in spans))
-        own_ends = np.array(ends)  # of what is next to each span without a gap, and own
+        own_ends = np.array(ends)  # for each span, the end of the block's own sequences that follow without a gap
         for i in range(len(spans) - 2, -1, -1):
             if spans[i + 1].is_own:
                 own_ends[i] = own_ends[i + 1]
@@ -141,7 +154,10 @@ class _Finder:
         return {split: sorted(patterns) for split, patterns in hits.items()}
 
     def _join(self, block: _Block) -> Iterator[_Span]:
-        """The bases of a block, and behind each stretch without a gap what an occurrence may need, and an N."""
+        """The text of a block. Where its sequences stop following each other, what follows in the corpus is added.
+
+        Of that as much as the longest pattern may need; then comes an N.
+        """
         place = None
         for number, at, bases in self._read(block.shard, block.first, block.end):
             if place not in (None, at):
@@ -152,7 +168,10 @@ class _Finder:
             yield from self._follow(place, block.shard, block.end)
 
     def _follow(self, place: int, shard: int, number: int) -> Iterator[_Span]:
-        """What lies behind a place, in the same shard from sequence `number` on or in another, and an N."""
+        """The sequences that follow from `place` on, as far as the longest pattern reaches, and an N.
+
+        They are looked for in the shard from sequence `number` on, then wherever the bridges lead.
+        """
         wanted = self._longest
         while wanted > 0:
             for _, at, bases in self._read(shard, number):
@@ -172,11 +191,17 @@ class _Finder:
             record, start, _, reverse = pieces[number].item()
             if not reverse:
                 ids = tokens[offsets[number] : offsets[number + 1]].tolist()
-                yield number, record << _PLACE_BITS | start, "".join(map(self._spelling.__getitem__, ids))
+                yield number, record << _PLACE_BITS | start, "".join(map(self._id_to_token.__getitem__, ids))
 
 
 def _find_bridges(shards: Sequence[Shard]) -> dict[int, tuple[int, int]]:
-    """Shard and number of the sequence that lies at a place, where one of another shard, or of further off, ends."""
+    """Where the text goes on at places where the next sequence on disk is not the next of the record.
+
+    For example, sequences 0, 1 and 3 of a record are in training and sequence 2, held out, is the first in validation:
+    the place where 1 ends leads to validation's sequence 0, and that where 2 ends to training's third.
+
+    Returns, by place, the shard and the number in it of the sequence that begins there.
+    """
     heads, tails = [], [np.zeros(0, np.uint64)]
     for shard, (_, arrays) in enumerate(shards):
         numbers = np.flatnonzero(arrays["pieces"]["reverse"] == 0)
@@ -196,7 +221,7 @@ def _find_bridges(shards: Sequence[Shard]) -> dict[int, tuple[int, int]]:
 
 
 def _anchor_codes(text: bytes) -> np.ndarray:
-    """The 32 letters from each place on, in 64 bits; what is no base counts as A."""
+    """For each place the 32 letters from there on, as 2 bits each of a 64-bit number; what is no base counts as A."""
     codes = _CODES[np.frombuffer(text, np.uint8)]
     for width in (1, 2, 4, 8, 16):
         codes = codes[:-width] << np.uint64(2 * width) | codes[width:]
