@@ -111,11 +111,10 @@ def integer_rows(batch: Batch) -> list[Row]:
     from dnazen_kernels.ngram_masking import ngram_masking
     from dnazen_kernels.ngram_matching import triton_impl
 
-    table, matches = batch.table, batch.matches
+    matches = batch.matches
     capacity = tuple(int(ROOM * len(tensor)) for tensor in (matches.ngram_input_ids, matches.edges.token_ngrams))
-    tensors = table.keys, table.ids, table.prefilter, table.bits, table.hash_bits
     with Traffic() as matching:
-        triton_impl.match_ngrams(batch.input_ids, batch.cu_seqlens, *tensors, None, capacity)
+        triton_impl.match_ngrams(batch.input_ids, batch.cu_seqlens, batch.table, None, capacity)
     # The look-up: a token, the end of its sequence and its byte of the prefilter; four slots.
     look_up = len(batch.input_ids) * (8 + 8 + 1 + 4 * 8)
     with Traffic() as masking:

@@ -4,13 +4,11 @@ import argparse
 from typing import Any
 
 from dnazen import defaults
-from dnazen.cli.shared import add_attention, add_corpus, add_output_dir, add_precision
+from dnazen.cli.shared import add_attention, add_corpus, add_output_dir, add_precision, new_command
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    text = "measure how fast this machine trains"
-    command = commands.add_parser("bench", help=text, description=text)
-    command.set_defaults(run=run)
+    command = new_command(commands, "bench", "measure how fast this machine trains", run)
     add_corpus(command)
     command.add_argument("--ngrams", required=True, metavar="DIR", help="folder that `dnazen ngrams extract` wrote")
     text = "size of the model, whose weights are random: tiny, base, large, xlarge, or a config.json (%(default)s)"

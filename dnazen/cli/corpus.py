@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from dnazen import defaults
-from dnazen.cli.shared import add_output_dir, read_names, require_one_process
+from dnazen.cli.shared import add_output_dir, new_command, read_names, require_one_process
 from dnazen.files import InputError
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    text = "clean genomes, cut them into sequences and tokenize them"
-    command = commands.add_parser("corpus", help=text, description=text)
-    command.set_defaults(run=run)
+    command = new_command(commands, "corpus", "clean genomes, cut them into sequences and tokenize them", run)
     group = command.add_mutually_exclusive_group(required=True)
     text = "FASTA files, plain or compressed; - for standard input"
     group.add_argument("--fasta", nargs="+", metavar="FILE", help=text)

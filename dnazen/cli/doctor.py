@@ -2,10 +2,12 @@
 
 import argparse
 
+from dnazen.cli.shared import new_command
+
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     text = "say what this machine can do, and check that it computes correctly"
-    commands.add_parser("doctor", help=text, description=text).set_defaults(run=run)
+    new_command(commands, "doctor", text, run)
 
 
 def run() -> int:

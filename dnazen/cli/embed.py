@@ -4,13 +4,12 @@ import argparse
 from typing import Any
 
 from dnazen import defaults
-from dnazen.cli.shared import add_attention, add_model, add_precision, add_sequences
+from dnazen.cli.shared import add_attention, add_model, add_precision, add_sequences, new_command
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     text = "write the vectors of sequences, of their tokens or of their bases"
-    command = commands.add_parser("embed", help=text, description=text)
-    command.set_defaults(run=run)
+    command = new_command(commands, "embed", text, run)
     add_model(command)
     add_sequences(command)
     text = "new file to write; its name ends in .npy, .parquet or .h5"

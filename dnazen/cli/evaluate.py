@@ -4,13 +4,12 @@ import argparse
 from typing import Any
 
 from dnazen import defaults
-from dnazen.cli.shared import add_attention, add_model, add_output_dir, add_precision
+from dnazen.cli.shared import add_attention, add_model, add_output_dir, add_precision, new_command
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     text = "measure how well a model predicts hidden tokens, beside what counting predicts"
-    command = commands.add_parser("evaluate", help=text, description=text)
-    command.set_defaults(run=run)
+    command = new_command(commands, "evaluate", text, run)
     add_model(command)
     text = "folder that `dnazen corpus` wrote, which the model was trained on; its training part is what is counted"
     command.add_argument("--corpus", required=True, metavar="DIR", help=text)

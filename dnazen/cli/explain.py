@@ -4,13 +4,12 @@ import argparse
 from typing import Any
 
 from dnazen import defaults
-from dnazen.cli.shared import add_model, add_output_dir, add_precision, add_sequences
+from dnazen.cli.shared import add_model, add_output_dir, add_precision, add_sequences, new_command
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     text = "write the G-grams that a model finds in sequences, and the attention that each gets"
-    command = commands.add_parser("explain", help=text, description=text)
-    command.set_defaults(run=run)
+    command = new_command(commands, "explain", text, run)
     add_model(command)
     add_sequences(command)
     text = "mark the G-grams that cover this motif (IUPAC codes, such as TATAWAW), and compare their attention"

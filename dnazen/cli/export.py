@@ -2,13 +2,12 @@
 
 import argparse
 
-from dnazen.cli.shared import add_output_dir
+from dnazen.cli.shared import add_output_dir, new_command
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     text = "write a trained model in the form of the published ones, for programs made for those"
-    command = commands.add_parser("export", help=text, description=text)
-    command.set_defaults(run=run)
+    command = new_command(commands, "export", text, run)
     text = "folder of the model: `final/` or `checkpoint-N/` of a run"
     command.add_argument("--model", required=True, metavar="DIR", help=text)
     add_output_dir(command)

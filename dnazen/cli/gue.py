@@ -5,13 +5,12 @@ import logging
 from typing import Any
 
 from dnazen import defaults
-from dnazen.cli.shared import add_attention, add_precision, read_names
+from dnazen.cli.shared import add_attention, add_precision, new_command, read_names
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     text = "fine-tune and test models on the benchmark GUE, and report; run again, it goes on"
-    command = commands.add_parser("gue", help=text, description=text)
-    command.set_defaults(run=run)
+    command = new_command(commands, "gue", text, run)
     text = "folder of GUE, with prom/prom_core_tata/train.csv and so on"
     command.add_argument("--data", required=True, metavar="DIR", help=text)
     text = "the models to compare: folders, or names on the Hugging Face hub; kmer-lr: a baseline that counts k-mers"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dnazen import defaults
-from dnazen.cli.shared import add_corpus, add_ngrams, add_output_dir, require_one_process
+from dnazen.cli.shared import add_corpus, add_ngrams, add_output_dir, new_command, require_one_process
 
 # name, default, choices, meaning
 _THRESHOLDS = (
@@ -35,9 +35,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     commands = commands.add_parser("ngrams", help=text, description=text, epilog=epilog)
     commands = commands.add_subparsers(required=True, metavar="command")
 
-    text = "extract the G-grams of a corpus"
-    command = commands.add_parser("extract", help=text, description=text)
-    command.set_defaults(run=extract)
+    command = new_command(commands, "extract", "extract the G-grams of a corpus", extract)
     add_corpus(command)
     _add_options(command, *_THRESHOLDS, _MIN_COUNT, *_RESOURCES)
     add_output_dir(command)
@@ -47,8 +45,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "Count in one corpus of several, or in a share of one. Twice for each: first pairs of tokens; then, with "
         "--pairs and perhaps thresholds, the runs of tokens that `dnazen ngrams merge` makes G-grams of."
     )
-    command = commands.add_parser("count", help=text, description=description)
-    command.set_defaults(run=count)
+    command = new_command(commands, "count", text, count, description)
     add_corpus(command)
     text = "count the I-th of N even shares of the corpus, from 1/N to N/N (1/1: all of it)"
     command.add_argument("--shard", type=_read_shard, default=(1, 1), metavar="I/N", help=text)
@@ -57,25 +54,19 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     _add_options(command, *_THRESHOLDS, *_RESOURCES)
     add_output_dir(command)
 
-    text = "extract the G-grams of all that was counted"
-    command = commands.add_parser("merge", help=text, description=text)
-    command.set_defaults(run=merge)
+    command = new_command(commands, "merge", "extract the G-grams of all that was counted", merge)
     text = "folders that `dnazen ngrams count --pairs ...` wrote, of all corpora and shares"
     command.add_argument("--counts", nargs="+", required=True, metavar="DIR", help=text)
     _add_options(command, _MIN_COUNT)
     add_output_dir(command)
 
-    text = "count the G-grams in data sets, as tables and pictures"
-    command = commands.add_parser("stats", help=text, description=text)
-    command.set_defaults(run=stats)
+    command = new_command(commands, "stats", "count the G-grams in data sets, as tables and pictures", stats)
     _add_vocabulary(command)
     text = "CSV files with a column `sequence`, folders of them, corpora"
     command.add_argument("--data", nargs="+", required=True, metavar="PATH", help=text)
     add_output_dir(command)
 
-    text = "compare G-grams with known motifs"
-    command = commands.add_parser("motifs", help=text, description=text)
-    command.set_defaults(run=motifs)
+    command = new_command(commands, "motifs", "compare G-grams with known motifs", motifs)
     _add_vocabulary(command)
     text = "known motifs in MEME, TRANSFAC or JASPAR format, plain or .gz"
     command.add_argument("--motifs", required=True, metavar="FILE", help=text)

@@ -3,13 +3,11 @@
 import argparse
 from typing import Any
 
-from dnazen.cli.shared import add_attention, add_output_dir, add_precision
+from dnazen.cli.shared import add_attention, add_output_dir, add_precision, new_command
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    text = "apply a fine-tuned model to sequences"
-    command = commands.add_parser("predict", help=text, description=text)
-    command.set_defaults(run=run)
+    command = new_command(commands, "predict", "apply a fine-tuned model to sequences", run)
     text = "folder of the fine-tuned model: `final/` of a run of `dnazen finetune`"
     command.add_argument("--model", required=True, metavar="DIR", help=text)
     text = "CSV (its name ends in .csv) with columns as in training, `label` or not; else FASTA; plain or compressed"

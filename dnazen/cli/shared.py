@@ -5,9 +5,19 @@ The modules of commands import nothing heavy at their top, so that help comes at
 
 import argparse
 import os
+from collections.abc import Callable
 
 from dnazen import defaults
 from dnazen.files import InputError
+
+
+def new_command(
+    commands: argparse._SubParsersAction, name: str, text: str, run: Callable, description: str | None = None
+) -> argparse.ArgumentParser:
+    """A command that `run` carries out; `text` is its help, and its description if there is no longer one."""
+    command = commands.add_parser(name, help=text, description=description or text)
+    command.set_defaults(run=run)
+    return command
 
 
 def add_output_dir(command: argparse.ArgumentParser) -> None:

@@ -2,13 +2,11 @@
 
 import argparse
 
-from dnazen.cli.shared import add_output_dir
+from dnazen.cli.shared import add_output_dir, new_command
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    text = "train a BPE tokenizer on genomes"
-    command = commands.add_parser("tokenizer", help=text, description=text)
-    command.set_defaults(run=run)
+    command = new_command(commands, "tokenizer", "train a BPE tokenizer on genomes", run)
     command.add_argument("--fasta", nargs="+", required=True, metavar="FILE", help="FASTA files, plain or compressed")
     text = "tokens, special ones included, 9 to 4096 (256, 512, 1024, 2048 or 4096: about one for each 5,000 bases)"
     command.add_argument("--vocab-size", type=int, metavar="N", help=text)

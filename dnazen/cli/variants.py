@@ -4,13 +4,12 @@ import argparse
 from typing import Any
 
 from dnazen import defaults
-from dnazen.cli.shared import add_attention, add_max_batch_tokens, add_model, add_precision
+from dnazen.cli.shared import add_attention, add_max_batch_tokens, add_model, add_precision, new_command
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     text = "score the variants of a VCF file with a pretrained model, as INFO fields"
-    command = commands.add_parser("variants", help=text, description=text)
-    command.set_defaults(run=run)
+    command = new_command(commands, "variants", text, run)
     add_model(command)
     command.add_argument("--vcf", required=True, metavar="FILE", help="the variants: VCF, plain or compressed")
     text = "the reference genome: FASTA, plain or compressed"

@@ -68,13 +68,13 @@ def ngram_matching(
     impl = resolve_impl("reference" if capacity is None and impl == "auto" else impl, input_ids.device)
     if not torch.compiler.is_compiling():
         _check(input_ids, cu_seqlens, table, max_ngrams, capacity, impl)
-    arguments = input_ids, cu_seqlens, table.keys, table.ids, table.prefilter, table.bits, table.hash_bits, max_ngrams
     if capacity is not None:
-        found = torch.ops.dnazen.ngram_matching(*arguments, *capacity, impl)
+        fields = table.keys, table.ids, table.prefilter, table.bits, table.hash_bits
+        found = torch.ops.dnazen.ngram_matching(input_ids, cu_seqlens, *fields, max_ngrams, *capacity, impl)
     else:
         from dnazen_kernels.ngram_matching.reference import match_ngrams
 
-        found = match_ngrams(*arguments, None)
+        found = match_ngrams(input_ids, cu_seqlens, table, max_ngrams, None)
     ngram_input_ids, ngram_cu_seqlens, *edges, counts = found
     return NgramMatches(ngram_input_ids, ngram_cu_seqlens, NgramEdges(*edges), counts)
 
@@ -97,9 +97,9 @@ def _ngram_matching(
         from dnazen_kernels.ngram_matching.triton_impl import match_ngrams
     else:
         from dnazen_kernels.ngram_matching.reference import match_ngrams
-    table = keys, ids, prefilter, bits, hash_bits
+    table = NgramTable(keys, ids, prefilter, bits, hash_bits)
     with torch.cuda.device_of(input_ids):
-        return match_ngrams(input_ids, cu_seqlens, *table, max_ngrams, (num_ngrams, num_edges))
+        return match_ngrams(input_ids, cu_seqlens, table, max_ngrams, (num_ngrams, num_edges))
 
 
 @_ngram_matching.register_fake

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from dnazen_kernels.ngram_matching.table import FREE, MAX_LENGTH, MIN_LENGTH, home_slots, pack_ngrams
+from dnazen_kernels.ngram_matching.table import FREE, MAX_LENGTH, MIN_LENGTH, NgramTable, home_slots, pack_ngrams
 
 NUM_LENGTHS = MAX_LENGTH - MIN_LENGTH + 1
 
@@ -11,24 +11,20 @@ NUM_LENGTHS = MAX_LENGTH - MIN_LENGTH + 1
 def match_ngrams(
     input_ids: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    keys: torch.Tensor,
-    ids: torch.Tensor,
-    prefilter: torch.Tensor,
-    bits: int,
-    hash_bits: int,
+    table: NgramTable,
     max_ngrams: int | None,
     capacity: tuple[int, int] | None,
 ) -> list[torch.Tensor]:
     """The tensors of `NgramMatches`, in order: as large as `capacity`, or without it as needed."""
     tokens, bounds, table_keys, table_ids, table_prefilter = (
-        tensor.cpu().numpy() for tensor in (input_ids, cu_seqlens, keys, ids, prefilter)
+        tensor.cpu().numpy() for tensor in (input_ids, cu_seqlens, table.keys, table.ids, table.prefilter)
     )
-    tokens = tokens.astype(np.int32 if 2 * bits <= 31 else np.int64)
+    tokens = tokens.astype(np.int32 if 2 * table.bits <= 31 else np.int64)
     bounds = bounds.astype(np.int64)
 
     # Occurrences in order of position, then length; a cell is one of the lengths at one of the positions.
     ends = np.repeat(bounds[1:], np.diff(bounds))
-    cells, slots = _find_occurrences(tokens, ends, table_keys, table_prefilter, bits, hash_bits)
+    cells, slots = _find_occurrences(tokens, ends, table_keys, table_prefilter, table.bits, table.hash_bits)
     order = np.argsort(cells)
     cells, slots = cells[order], slots[order]
     starts, sizes = cells // NUM_LENGTHS, cells % NUM_LENGTHS + MIN_LENGTH

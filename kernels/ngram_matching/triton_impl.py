@@ -9,7 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from dnazen_kernels.ngram_matching.table import FREE, HASH_MULTIPLIER, LENGTH_SHIFT, MAX_LENGTH, MIN_LENGTH
+from dnazen_kernels.ngram_matching.table import (
+    FREE,
+    HASH_MULTIPLIER,
+    LENGTH_SHIFT,
+    MAX_LENGTH,
+    MIN_LENGTH,
+    NgramTable,
+)
 
 BLOCK = 256  # positions per program
 NUM_LENGTHS = MAX_LENGTH - MIN_LENGTH + 1
@@ -50,11 +57,7 @@ def _look_up_kernel(
 def match_ngrams(
     input_ids: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    keys: torch.Tensor,
-    ids: torch.Tensor,
-    prefilter: torch.Tensor,
-    bits: int,
-    hash_bits: int,
+    table: NgramTable,
     max_ngrams: int | None,
     capacity: tuple[int, int],
 ) -> list[torch.Tensor]:
@@ -69,8 +72,8 @@ def match_ngrams(
     ends = cu_seqlens[(sequences + 1).clamp(max=len(cu_seqlens) - 1)]
     slots = torch.empty(len(cells), dtype=torch.int64, device=input_ids.device)
     _look_up_kernel[(triton.cdiv(len(positions), BLOCK),)](
-        input_ids.contiguous(), ends, prefilter, keys, slots, len(positions), len(prefilter), bits, hash_bits,
-        **CONSTANTS, BLOCK=BLOCK,
+        input_ids.contiguous(), ends, table.prefilter, table.keys, slots, len(positions), len(table.prefilter),
+        table.bits, table.hash_bits, **CONSTANTS, BLOCK=BLOCK,
     )  # fmt: skip
 
     # The occurrences of one G-gram in one sequence are one; G-grams are in order of their first occurrence.
@@ -103,7 +106,7 @@ def match_ngrams(
     tokens = torch.where(is_edge, starts[occurrences] + edges - edges_before[occurrences], num_tokens)
     sorted_tokens, by_token = torch.sort(tokens, stable=True)
     return [
-        torch.where(rows[:-1] < num_kept, ids[slots[order[firsts[:-1]]]], 0),
+        torch.where(rows[:-1] < num_kept, table.ids[slots[order[firsts[:-1]]]], 0),
         torch.minimum(wanted[cu_seqlens * NUM_LENGTHS], num_kept).int(),
         torch.searchsorted(sorted_tokens, positions, out_int32=True),
         torch.where(is_edge, numbers[occurrences][by_token], 0).int(),

@@ -427,7 +427,7 @@ def test_refusals_leave_nothing_behind(ngrams_dir, tmp_path, capsys):
     (tmp_path / "motifs.txt").write_text(jaspar("a", "b", TATA))
     for options, message in (
         (["--shuffles", "0"], "num_shuffles: expected at least 1, found 0"),
-        (["--motifs", str(tmp_path / "absent")], f"{tmp_path / 'absent'}: no such file; expected motifs"),
+        (["--motifs", str(tmp_path / "absent")], f"{tmp_path / 'absent'}: no such file or folder, given as --motifs"),
         (["--motifs", str(ngrams_dir / "ngram.json")], "ngram.json: expected motifs in MEME"),
         (["--ngrams", str(tmp_path)], "expected G-grams (a folder made by `dnazen ngrams`"),
     ):

@@ -55,10 +55,10 @@ def vocabularies_and_batches(draw):
     """Few tokens, so that G-grams recur, overlap each other and themselves; vocab_size up to 2 * 12 bits and over."""
     vocab_size = draw(st.sampled_from([FIRST_MASKABLE + 3, 4096]))
     token = st.integers(vocab_size - 3, vocab_size - 1)
-    ngrams = draw(st.as_lists(st.as_lists(token, min_size=2, max_size=5).map(tuple), max_size=12, unique=True))
+    ngrams = draw(st.lists(st.lists(token, min_size=2, max_size=5).map(tuple), max_size=12, unique=True))
     ids = draw(st.permutations(range(1, len(ngrams) + 1)))
-    body = st.as_lists(token, max_size=25)
-    sequences = draw(st.as_lists(body | body.map(lambda tokens: [CLS, *tokens, SEP]), max_size=5))
+    body = st.lists(token, max_size=25)
+    sequences = draw(st.lists(body | body.map(lambda tokens: [CLS, *tokens, SEP]), max_size=5))
     return sequences, dict(zip(ngrams, ids, strict=True)), vocab_size, draw(st.none() | st.integers(1, 4))
 
 
@@ -229,10 +229,9 @@ def test_same_integers_on_every_run(device):
 
 
 def test_no_host_synchronisation(device):
-    tokens, cu_seqlens, table = make_large_case(device)
-    arguments = tokens, cu_seqlens, table.keys, table.ids, table.prefilter, table.bits, table.hash_bits, 9, (300, 3000)
+    batch = make_large_case(device)
     with ForbidSynchronisation(device):
-        counts = triton_impl.match_ngrams(*arguments)[-1]
+        counts = triton_impl.match_ngrams(*batch, 9, (300, 3000))[-1]
     assert counts.tolist()[0] > 0
 
 
