@@ -16,11 +16,16 @@ from tests.helpers.launch import SCRIPT, environment
 COMMAND = [sys.executable, "-m", "dnazen.cli.main"]
 
 
+def heed_interrupts():
+    """A process that a shell starts in the background ignores Ctrl-C, and so do those that it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupt(line, is_time, cwd, **options):
     """Start `line`, send SIGINT to its group when `is_time(process)`; exit status and all output."""
     process = subprocess.Popen(
         [str(word) for word in line], cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True, **options,
+        start_new_session=True, preexec_fn=heed_interrupts, **options,
     )  # fmt: skip
     deadline = time.monotonic() + 240
     while not is_time(process):
