@@ -282,12 +282,15 @@ def test_count_refuses(folder, tmp_path, capsys, words, message):
 )
 def test_several_processes_are_refused(tmp_path, capsys, monkeypatch, words):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert main([*words, "--output-dir", str(tmp_path / "out")]) == 1
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.fa", "tokenizer", "a", "b"):
+        (tmp_path / name).touch()
+    assert main([*words, "--output-dir", "out"]) == 1
     message = capsys.readouterr().err
     assert "expected one process, without torchrun or deepspeed" in message and "found 4 (WORLD_SIZE)" in message
     if words[:2] == ["ngrams", "--corpus"]:
         assert "several machines: `dnazen ngrams count --shard I/N`, then `dnazen ngrams merge`" in message
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_command_lines_that_are_none(folder, tmp_path, capsys):
