@@ -14,11 +14,11 @@ _PRETRAIN = """\
 examples:
   dnazen pretrain                                        train `tiny` on the packaged E. coli genome
   dnazen pretrain --fasta my_genome.fa.gz                prepare a genome of yours, and train on it
-  dnazen pretrain --corpus DIR --ngrams DIR --model base --output_dir DIR
+  dnazen pretrain --corpus DIR --ngrams DIR --model base --output-dir DIR
 DeepSpeed is configured by --deepspeed: zero1, zero2 (the default), zero3, or a JSON file."""
 _FINETUNE = """\
 example:
-  dnazen finetune --model my/model/final --data my_data --output_dir my/promoters
+  dnazen finetune --model my/model/final --data my_data --output-dir my/promoters
 --data is a folder with train.csv, dev.csv and perhaps test.csv, columns `sequence` and `label`."""
 _LAUNCHER = """
 On several machines: deepspeed --hostfile FILE {script} ..."""
@@ -47,7 +47,7 @@ def start(script: str, words: list[str], num_gpus: int | None, help_all: bool, f
     """Become the script, or the launcher of several of it: exit status and signals are theirs."""
     command = [sys.executable, script]
     if help_all:
-        os.execv(sys.executable, [*command, "--help-all" if script.endswith("pretrain.py") else "--help"])
+        os.execv(sys.executable, [*command, "--help-all"])
     require_one_process(Path(script).stem)
     import torch
 

@@ -7,8 +7,9 @@ from transformers import TrainingArguments
 
 from dnazen.files import InputError
 from dnazen.finetuning.tasks import TASKS, Classification
+from dnazen.training.command_line import described
 from dnazen.training.configurations import find_configuration
-from dnazen.training.script import refuse_flags, require_one_device
+from dnazen.training.script import refuse_flags, require_one_device, require_reporters
 
 _BEST = "has no effect: the model that is best on dev is kept, and nothing else"
 _UNSUPPORTED = "is not supported in fine-tuning"
@@ -35,6 +36,11 @@ REFUSED = {
     "fsdp": _UNSUPPORTED + ": use --deepspeed",
     "push_to_hub": _UNSUPPORTED + ": publish final/ with `hf upload`",
 }
+# shown by `--help` beside ours and those whose default is ours; the others by `--help-all`
+USUAL = {
+    "deepspeed", "max_steps", "gradient_accumulation_steps", "lr_scheduler_type", "max_grad_norm", "seed", "eval_steps",
+    "metric_for_best_model", "report_to", "activation_checkpointing",
+}  # fmt: skip
 
 
 @dataclass
@@ -104,20 +110,23 @@ class FinetuningDataArguments:
 class FinetuningArguments(TrainingArguments):
     """Hugging Face's arguments; defaults after DNABERT-2's fine-tuning scripts."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "where the results go"})
-    learning_rate: float = 3e-5
-    weight_decay: float = 0.01
-    num_train_epochs: float = 3.0
-    per_device_train_batch_size: int = 32
-    warmup_steps: float = 50
-    bf16: bool = field(default_factory=torch.cuda.is_available)
-    logging_steps: float = 50
-    eval_strategy: str = "epoch"
-    remove_unused_columns: bool = False
-    logging_nan_inf_filter: bool = False
+    output_dir: str | None = described(None, "where the results go")
+    learning_rate: float = described(3e-5, "highest rate")
+    weight_decay: float = described(0.01, "of all weights but biases and norms")
+    num_train_epochs: float = described(3.0, "times that the training sequences are seen")
+    per_device_train_batch_size: int = described(32, "sequences of a micro-batch")
+    warmup_steps: float = described(50, "steps, or below 1 their share, over which the rate rises")
+    bf16: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "train in bf16; default: if there is a GPU"}
+    )
+    logging_steps: float = described(50, "steps from log to log")
+    eval_strategy: str = described("epoch", "evaluate after each epoch, or after so many `steps`")
+    remove_unused_columns: bool = described(False, "drop columns that the model does not take; here it takes all")
+    logging_nan_inf_filter: bool = described(False, "pass over a loss that is not finite")
 
     def __post_init__(self):
         refuse_flags(self, REFUSED)
+        require_reporters(self.report_to)
         self.deepspeed = find_configuration(self.deepspeed)
         if self.output_dir is None:
             raise InputError("--output-dir is needed: where the results go")

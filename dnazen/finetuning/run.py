@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from dnazen import __version__
 from dnazen.files import InputError, atomic_file, lock_run, publish_folder, sha256_file, write_json
 from dnazen.finetuning.adapters import add_adapters
-from dnazen.finetuning.arguments import FinetuningArguments, FinetuningDataArguments
+from dnazen.finetuning.arguments import REFUSED, USUAL, FinetuningArguments, FinetuningDataArguments
 from dnazen.finetuning.data import (
     PREDICTIONS_FILE,
     REPORT_FILE,
@@ -30,16 +31,30 @@ from dnazen.finetuning.preprocessing import Encoded, PackedPreprocessor, Preproc
 from dnazen.finetuning.tasks import TASKS, Task
 from dnazen.finetuning.trainer import FinetuningTrainer
 from dnazen.training.attention import agree_on_attention
+from dnazen.training.command_line import HELP_ALL, asks_for_help, describe_flags
 from dnazen.training.script import parse_arguments, run_script
 
 _RECORDED = ("learning_rate", "num_train_epochs", "max_steps", "warmup_steps", "weight_decay", "seed")
 _LOWER_IS_BETTER = ("loss", "mse")
 
 
+_USAGE = "deepspeed dnazen/finetune.py --model MODEL --data DIR --output-dir DIR [arguments]"
+_DESCRIPTION = "Fine-tune a model on labelled sequences, keep what is best on dev, and test it."
+
+
 def main() -> int:
     """Run `dnazen/finetune.py`'s command line; see `run_script`."""
+    return run_script(lambda: _run(sys.argv[1:]))
+
+
+def _run(words: list[str]) -> None:
+    if asks_for_help(words):
+        ours, training = FinetuningDataArguments, FinetuningArguments
+        everything, title = HELP_ALL in words, "model, data and adapters"
+        print(describe_flags(_USAGE, _DESCRIPTION, title, ours, training, USUAL, REFUSED.keys(), everything))
+        return
     parser = HfArgumentParser((FinetuningDataArguments, FinetuningArguments))
-    return run_script(lambda: finetune(*parse_arguments(parser)))
+    finetune(*parse_arguments(parser, words))
 
 
 def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> None:

@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from dnazen.pretraining.arguments import RECIPES, DataArguments
-from dnazen.training.command_line import HELP_ALL, format_help, make_parser
+from dnazen.training.command_line import HELP_ALL, asks_for_help, describe_flags, make_parser
 from dnazen.training.script import parse_arguments, run_script
 
 _USAGE = "deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json [arguments]"
@@ -23,7 +23,7 @@ def main() -> int:
 
 
 def _run(words: list[str]) -> None:
-    if {"-h", "--help", HELP_ALL} & set(words):
+    if asks_for_help(words):
         print(_help(everything=HELP_ALL in words))
         return
     data_args, rest = parse_arguments(make_parser(DataArguments, _USAGE), words, return_remaining_strings=True)
@@ -65,12 +65,7 @@ def _parse_training(words: list[str]) -> Namespace:
 def _help(everything: bool) -> str:
     from dnazen.pretraining.training_arguments import REFUSED, USUAL, PretrainingArguments
 
-    ours, training = make_parser(DataArguments, _USAGE), make_parser(PretrainingArguments, _USAGE)
-    own_defaults = set(PretrainingArguments.__annotations__)
-    names = set(PretrainingArguments.__dataclass_fields__) if everything else own_defaults | USUAL
-    parts = [ours.format_usage(), _DESCRIPTION.strip() + "\n"]
-    parts.append(format_help(ours, "model, data and masking", set(DataArguments.__dataclass_fields__)))
-    parts.append(format_help(training, "training", names - REFUSED.keys()))
-    if not everything:
-        parts.append(f"{HELP_ALL} shows the other arguments of Hugging Face's Trainer too.")
-    return "\n".join(parts)
+    title = "model, data and masking"
+    return describe_flags(
+        _USAGE, _DESCRIPTION, title, DataArguments, PretrainingArguments, USUAL, REFUSED.keys(), everything
+    )

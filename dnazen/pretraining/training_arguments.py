@@ -3,12 +3,12 @@
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from dnazen.files import InputError
+from dnazen.training.command_line import described
 from dnazen.training.configurations import find_configuration
 from dnazen.training.script import flag, refuse_flags, require_one_device, require_reporters
 
@@ -40,10 +40,6 @@ USUAL = {
 }  # fmt: skip
 
 
-def _default(value: object, help: str) -> Any:
-    return field(default=value, metadata={"help": help})
-
-
 @dataclass
 class PretrainingArguments(TrainingArguments):
     """Hugging Face's arguments; defaults after DNABERT-2's pretraining where the paper is silent.
@@ -52,23 +48,23 @@ class PretrainingArguments(TrainingArguments):
         InputError: see `refuse`; or the process has several GPUs, or the arguments do not go together.
     """
 
-    output_dir: str | None = _default(None, "where the run writes; default: WORK_DIR/NAME/MODEL")
-    learning_rate: float = _default(5e-4, "highest rate; default: by model size")
-    weight_decay: float = _default(0.01, "of all weights but biases and norms")
-    adam_beta2: float = _default(0.98, "of Adam")
-    adam_epsilon: float = _default(1e-6, "of Adam")
-    warmup_steps: float = _default(0.06, "steps, or below 1 their share, over which the rate rises")
-    bf16: bool = _default(True, "train in bf16, on a CPU too")
-    logging_steps: float = _default(25, "steps from log to log")
-    eval_strategy: str = _default("steps", "steps, or no: at the end alone")
-    eval_steps: float | None = _default(250, "steps from evaluation to evaluation")
-    save_steps: float = _default(500, "steps from checkpoint to checkpoint")
-    save_total_limit: int | None = _default(3, "checkpoints that are kept")
-    disable_tqdm: bool | None = _default(None, "no progress bar; default: where stderr is no terminal")
+    output_dir: str | None = described(None, "where the run writes; default: WORK_DIR/NAME/MODEL")
+    learning_rate: float = described(5e-4, "highest rate; default: by model size")
+    weight_decay: float = described(0.01, "of all weights but biases and norms")
+    adam_beta2: float = described(0.98, "of Adam")
+    adam_epsilon: float = described(1e-6, "of Adam")
+    warmup_steps: float = described(0.06, "steps, or below 1 their share, over which the rate rises")
+    bf16: bool = described(True, "train in bf16, on a CPU too")
+    logging_steps: float = described(25, "steps from log to log")
+    eval_strategy: str = described("steps", "steps, or no: at the end alone")
+    eval_steps: float | None = described(250, "steps from evaluation to evaluation")
+    save_steps: float = described(500, "steps from checkpoint to checkpoint")
+    save_total_limit: int | None = described(3, "checkpoints that are kept")
+    disable_tqdm: bool | None = described(None, "no progress bar; default: where stderr is no terminal")
     # a loss that is not finite must stop the run, not be averaged away
-    logging_nan_inf_filter: bool = _default(False, "pass over a loss that is not finite")
+    logging_nan_inf_filter: bool = described(False, "pass over a loss that is not finite")
     # every parameter has a gradient in every step, also where there are no G-grams
-    ddp_find_unused_parameters: bool = _default(False, "look for parameters without a gradient")
+    ddp_find_unused_parameters: bool = described(False, "look for parameters without a gradient")
     # a GPU must not wait while the next batch is read
     dataloader_num_workers: int = field(
         default_factory=lambda: 2 if torch.cuda.is_available() else 0,

@@ -18,7 +18,7 @@ from dnazen.finetuning.arguments import FinetuningArguments, FinetuningDataArgum
 from dnazen.finetuning.data import SPLITS, read_table
 from dnazen.finetuning.finetuned import open_finetuned
 from dnazen.finetuning.predict import predict
-from dnazen.finetuning.run import finetune
+from dnazen.finetuning.run import finetune, main
 from dnazen.models import DNAZenForSequenceClassification
 from tests.finetuning.conftest import write_splits
 from tests.helpers.launch import PROGRAMS, ROOT, environment, run
@@ -346,3 +346,14 @@ def test_the_command_reports_bad_input_in_one_line(model_folder, data, tmp_path)
     result = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith(f"dnazen: error: {tmp_path}: expected train.csv")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--help-all"])
+def test_help_has_ours_first_and_writes_flags_with_hyphens(monkeypatch, capsys, flag):
+    monkeypatch.setattr("sys.argv", ["finetune.py", flag])
+    assert main() == 0
+    shown = re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, flags=re.MULTILINE)
+    assert shown[:3] == ["--model", "--data", "--task"]
+    assert shown.index("--attn-implementation") < shown.index("--learning-rate")
+    assert len(shown) == len(set(shown)) and not any("_" in name for name in shown)
+    assert ("--adam-beta1" in shown) == (flag == "--help-all") and "--save-steps" not in shown
