@@ -11,14 +11,10 @@ from pathlib import Path
 import pytest
 
 from dnazen.data.tokenizer import train_tokenizer
+from tests.helpers.forked import heed_interrupts
 from tests.helpers.launch import SCRIPT, environment
 
 COMMAND = [sys.executable, "-m", "dnazen.cli.main"]
-
-
-def heed_interrupts():
-    """A process that a shell starts in the background ignores Ctrl-C, and so do those that it starts."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def interrupt(line, is_time, cwd, **options):

@@ -13,10 +13,16 @@ import torch
 from dnazen.cli.main import main
 
 
+def heed_interrupts() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so do the processes that it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start_forked(function: Callable[[], int | None]) -> BaseProcess:
     """A process that calls `function` and exits with what it returns."""
 
     def start() -> None:
+        heed_interrupts()
         torch.set_num_threads(1)  # the parent's threads do not survive a fork
         sys.exit(function())
 
