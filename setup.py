@@ -37,6 +37,7 @@ setup(
         "scikit-learn>=1.5",
         "scipy>=1.13",
         "tqdm>=4.66",
+        "typing-extensions>=4.10",
     ],
     extras_require={
         "flash": ["flash-attn>=2.8"],

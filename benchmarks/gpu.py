@@ -95,14 +95,13 @@ def plan(dry: bool) -> list[Step]:
         folder = "{out}/" + (folder or slug(name))
         steps = max(2, steps // 50) if dry else steps
         # several processes stay on the CPU, so torchrun: `deepspeed` shows them the GPU, whatever the environment says
+        small = " --max_batch_tokens 512" * dry
         launcher = "deepspeed --num_gpus 1" if processes == 1 else f"torchrun --nproc_per_node {processes}"
         line = (
             f"{launcher} --master_port {{port}} dnazen/pretrain.py --deepspeed ds_configs/zero{stage}.json {data}"
             f"--model tiny --max_steps {steps} --logging_steps {1 if dry else 20} "
             f"--gradient_accumulation_steps {2 // processes} --disable_tqdm True --output_dir {folder} "
-            "--lr_scheduler_type constant_with_warmup --warmup_steps 10 --eval_strategy no --save_steps 1000"
-            + " --max_batch_tokens 512"
-            * dry
+            f"--lr_scheduler_type constant_with_warmup --warmup_steps 10 --eval_strategy no --save_steps 1000{small}"
         )
         return Step(name, line, 180, "training", folder, **fields)
 

@@ -20,6 +20,7 @@ WINDOW_BASES = 2040  # what 510 tokens of a corpus take up, at 4 bases a token
 STRIDE_BASES = WINDOW_BASES // 2
 MAX_BATCH_TOKENS = 8192
 POOLING = "mean"
+PRECISIONS = ("fp32", "bf16")
 PRECISION = "fp32"
 FLANK_BASES = 256
 MAX_VARIANT_TOKENS = 4096  # of a batch: the scores of so many tokens at every masked one are kept for some batches

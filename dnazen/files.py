@@ -158,7 +158,7 @@ def lock_run(output_dir: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InputError(
-            f"{output_dir}: another run is writing there; wait for its end, or use another --output_dir"
+            f"{output_dir}: another run is writing there; wait for its end, or use another --output-dir"
         ) from error
     return file
 

@@ -49,7 +49,14 @@ def fork_pool(function: Callable[[Any], Any], num_workers: int) -> Iterator[Proc
     context = multiprocessing.get_context("fork")
     try:
         with ProcessPoolExecutor(num_workers, context, _start, (function, os.getpid())) as pool:
-            yield pool
+            try:
+                yield pool
+            except BrokenProcessPool:
+                # Python 3.11.2, for one, waits for ever to write to workers that are gone (CPython's issue 94777)
+                pool._call_queue._reader.close()
+                raise
+            finally:
+                pool.shutdown(cancel_futures=True)
     except BrokenProcessPool as error:
         text = "a worker was killed, perhaps for want of memory: use a lower --num-workers, and start again"
         raise Interrupted(text) from error
@@ -75,16 +82,13 @@ def map_in_order(function: Callable[[Job], Any], jobs: Iterable[Job], num_worker
     jobs = iter(jobs)
     with fork_pool(function, num_workers) as pool:
         window = collections.deque()
-        try:
-            while True:
-                ahead = itertools.islice(jobs, 2 * num_workers - len(window))
-                window.extend((job, pool.submit(call_forked, job)) for job in ahead)
-                if not window:
-                    return
-                job, future = window.popleft()
-                yield job, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while True:
+            ahead = itertools.islice(jobs, 2 * num_workers - len(window))
+            window.extend((job, pool.submit(call_forked, job)) for job in ahead)
+            if not window:
+                return
+            job, future = window.popleft()
+            yield job, future.result()
 
 
 def _start(function: Callable, parent: int) -> None:

@@ -47,7 +47,7 @@ def pack_by_budget(lengths: np.ndarray, order: np.ndarray, max_batch_tokens: int
         if stop == start:
             longest = int(lengths[order[start]]) + SPECIAL_TOKENS_PER_SEQUENCE
             raise InputError(
-                f"max_batch_tokens must hold the longest sequence, {longest} tokens, got {max_batch_tokens}"
+                f"--max-batch-tokens must hold the longest sequence, {longest} tokens, got {max_batch_tokens}"
             )
         runs.append(order[start:stop])
         start, consumed = stop, int(ends[stop - 1])

@@ -8,7 +8,9 @@ from dnazen.cli.shared import add_model, add_output_dir, add_precision, add_sequ
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    text = "write the G-grams that a model finds in sequences, and the attention that each gets"
+    text = (
+        "write the G-grams that a model finds in sequences, and the attention that each gets (always eager attention)"
+    )
     command = new_command(commands, "explain", text, run)
     add_model(command)
     add_sequences(command)

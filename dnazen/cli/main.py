@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import re
 import sys
 import time
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return report_interrupt()
-    if output is not None and int(os.environ.get("RANK", 0)) == 0:
+    if output is not None:
         print(f"written to  {output} in {time.perf_counter() - start:.1f} s")
     return status
 

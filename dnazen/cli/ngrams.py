@@ -100,7 +100,7 @@ def _read_shard(text: str) -> tuple[int, int]:
 
 def extract(corpus: str, output_dir: str, **parameters: Any) -> None:
     instead = " (several machines: `dnazen ngrams count --shard I/N`, then `dnazen ngrams merge`)"
-    require_one_process("ngrams", instead)
+    require_one_process("ngrams extract", instead)
     from dnazen.data.corpus import Corpus
     from dnazen.ngram.build import build_ngrams
 

@@ -56,7 +56,7 @@ def add_max_batch_tokens(command: argparse.ArgumentParser, default: int) -> None
 
 
 def add_precision(command: argparse.ArgumentParser, text: str = "of the model (%(default)s)", **default: str) -> None:
-    command.add_argument("--precision", choices=("fp32", "bf16"), help=text, **default)
+    command.add_argument("--precision", choices=defaults.PRECISIONS, help=text, **default)
 
 
 def add_attention(command: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dnazen.defaults import PRECISIONS
 from dnazen.files import InputError, read_json, write_json
 from dnazen.finetuning.adapters import load_adapters
 from dnazen.finetuning.loading import checksum_weights, load_model
@@ -18,7 +19,7 @@ from dnazen.finetuning.tasks import Task, task_from_record
 RECORD_FILE = "finetune.json"
 FORMAT = 1
 # by name: of the type in which matrices are multiplied, beside weights in fp32
-PRECISIONS = {"fp32": None, "bf16": "bfloat16"}
+_AUTOCAST = dict(zip(PRECISIONS, (None, "bfloat16"), strict=True))
 
 
 def write_record(
@@ -67,7 +68,7 @@ def open_finetuned(
 
     Args:
         folder: with `finetune.json`.
-        precision: a key of `PRECISIONS`; default: that of the evaluations in training, if they ran on such a device.
+        precision: one of `PRECISIONS`; default: that of the evaluations in training, if they ran on such a device.
         attn_implementation: attention by name; default: the best that runs.
 
     Raises:
@@ -94,5 +95,5 @@ def open_finetuned(
     if base:
         model = load_adapters(model, folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    autocast = record.get("autocast", {}).get(device) if precision is None else PRECISIONS[precision]
+    autocast = record.get("autocast", {}).get(device) if precision is None else _AUTOCAST[precision]
     return Finetuned(preprocessor, task, record["is_pair"], model.to(device).eval(), autocast)

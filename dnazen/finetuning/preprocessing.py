@@ -196,5 +196,5 @@ def _check_length(name: str | PathLike, max_length: int | None, longest: int | N
     smallest = SPECIAL_TOKENS_PER_SEQUENCE + 1
     if max_length < smallest or (longest and max_length > longest):
         expected = f"{smallest} to {longest}" if longest else f"at least {smallest}"
-        raise InputError(f"max_length: expected {expected} tokens for {name}, found {max_length}")
+        raise InputError(f"--max-length: expected {expected} tokens for {name}, found {max_length}")
     return max_length

@@ -1,14 +1,12 @@
 """A fine-tuning run from its arguments to its report."""
 
 import dataclasses
-import logging
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import EarlyStoppingCallback, HfArgumentParser, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -32,7 +30,7 @@ from dnazen.finetuning.tasks import TASKS, Task
 from dnazen.finetuning.trainer import FinetuningTrainer
 from dnazen.training.attention import agree_on_attention
 from dnazen.training.command_line import HELP_ALL, asks_for_help, describe_flags
-from dnazen.training.script import parse_arguments, run_script
+from dnazen.training.script import parse_arguments, quieten, run_script
 
 _RECORDED = ("learning_rate", "num_train_epochs", "max_steps", "warmup_steps", "weight_decay", "seed")
 _LOWER_IS_BETTER = ("loss", "mse")
@@ -53,7 +51,7 @@ def _run(words: list[str]) -> None:
         everything, title = HELP_ALL in words, "model, data and adapters"
         print(describe_flags(_USAGE, _DESCRIPTION, title, ours, training, USUAL, REFUSED.keys(), everything))
         return
-    parser = HfArgumentParser((FinetuningDataArguments, FinetuningArguments))
+    parser = HfArgumentParser((FinetuningDataArguments, FinetuningArguments), allow_abbrev=False)
     finetune(*parse_arguments(parser, words))
 
 
@@ -65,10 +63,7 @@ def finetune(data_args: FinetuningDataArguments, args: FinetuningArguments) -> N
         FloatingPointError: the loss on dev is no longer finite.
     """
     main_process, output_dir = args.process_index == 0, Path(args.output_dir)
-    if not main_process:
-        logging.getLogger("dnazen").setLevel(logging.ERROR)  # one process says it
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()  # of file reading; training keeps its own
+    quieten(main_process)
     set_seed(args.seed)
     tables = read_splits(data_args.data)
     task = TASKS[data_args.task].from_table(tables["train"])

@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from scipy.special import expit, softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error, roc_auc_score
 from torch import Tensor
+from typing_extensions import Self
 
 from dnazen.files import InputError
 from dnazen.finetuning.data import Table
@@ -127,7 +128,7 @@ class Task(ABC):
 
     def record(self) -> dict[str, Any]:
         """What `task_from_record` needs; every kind has the same fields."""
-        return {"kind": self.kind, "num_labels": self.num_labels, "means": None, "target_std": None}
+        return {"kind": self.kind, "num_labels": self.num_labels, "means": None, "deviations": None}
 
 
 class _ClassTask(Task):
@@ -337,7 +338,7 @@ class Regression(_ValueTask):
         return {"prediction": " ".join(f"{value:.6g}" for value in self.restore(logits))}
 
     def record(self) -> dict[str, Any]:
-        return {**super().record(), "means": self.means, "target_std": self.target_std}
+        return {**super().record(), "means": self.means, "deviations": self.target_std}
 
 
 TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Regression, MultiLabel, PerBase)}
@@ -346,7 +347,8 @@ TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Reg
 def task_from_record(record: dict[str, Any]) -> Task:
     """The task that `Task.record` described; KeyError if the kind is unknown or a field is absent."""
     task_class = TASKS[record["kind"]]
-    return task_class(**{field.name: record[field.name] for field in dataclasses.fields(task_class)})
+    values = {**record, "target_std": record["deviations"]}  # its name on disk
+    return task_class(**{field.name: values[field.name] for field in dataclasses.fields(task_class)})
 
 
 def mcc(truth: np.ndarray, prediction: np.ndarray, weights: np.ndarray | None = None) -> float:

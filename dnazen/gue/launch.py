@@ -4,9 +4,8 @@ import logging
 from os import PathLike
 from pathlib import Path
 
-from dnazen.defaults import GUE_LEARNING_RATE, GUE_SEEDS
+from dnazen.defaults import GUE_LEARNING_RATE, GUE_SEEDS, PRECISIONS
 from dnazen.files import InputError, lock_run
-from dnazen.finetuning.finetuned import PRECISIONS
 from dnazen.gue.datasets import choose_datasets, count_all_overlaps, describe_data
 from dnazen.gue.jobs import is_finished, make_job
 from dnazen.gue.models import list_models

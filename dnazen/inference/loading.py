@@ -7,13 +7,13 @@ from transformers import PreTrainedTokenizerFast
 
 from dnazen.batches.collator import PackedCollator
 from dnazen.data.tokenizer import tokens_by_id
-from dnazen.defaults import PRECISION
+from dnazen.defaults import PRECISION, PRECISIONS
 from dnazen.files import InputError
 from dnazen.models.hub import fetch_model, load_vocabularies
 from dnazen.models.modeling_dnazen import DNAZenPreTrainedModel
 from dnazen.ngram.vocab import NgramVocabulary
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16), strict=True))
 
 
 class InferenceModel(NamedTuple):
@@ -67,7 +67,7 @@ def load_for_inference(
     if vocabulary is None:
         vocabulary = NgramVocabulary([], [])
         options["ngram_vocab_size"] = vocabulary.vocab_size
-    model = model_class.from_pretrained(folder, dtype=PRECISIONS[precision], **options)
+    model = model_class.from_pretrained(folder, dtype=_DTYPES[precision], **options)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     collator = PackedCollator(tokenizer, vocabulary, use_ngrams=model.config.use_ngrams)
     return InferenceModel(model, tokenizer, vocabulary, collator, tokens_by_id(tokenizer))

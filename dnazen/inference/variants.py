@@ -16,8 +16,8 @@ from dnazen.batches.streaming import run_batches
 from dnazen.defaults import FLANK_BASES, MAX_VARIANT_TOKENS, PRECISION
 from dnazen.dna import BASES, IUPAC_BASES, is_clean, reverse_complement
 from dnazen.files import InputError, atomic_file
+from dnazen.inference.genome import Reference
 from dnazen.inference.loading import InferenceModel, load_for_inference
-from dnazen.inference.reference import Reference
 from dnazen.inference.vcf import VcfFile, add_info, create_vcf, name_record
 from dnazen.models import DNAZenForMaskedLM
 

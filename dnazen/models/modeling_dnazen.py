@@ -248,6 +248,7 @@ class DNAZenWithHead(DNAZenPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor,
+        *,
         labels: Tensor | None = None,
         masked_positions: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,

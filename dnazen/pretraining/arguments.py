@@ -12,8 +12,8 @@ from dnazen.training.script import flag
 class Recipe(NamedTuple):
     """How a model of some size is trained unless its flags say otherwise; the defaults are the paper's."""
 
-    max_batch_tokens: int  # what fits 80 GB
-    learning_rate: float  # DNABERT-2's at its size
+    max_batch_tokens: int  # what fits 80 GB, by our estimate
+    learning_rate: float  # of base DNABERT-2's; of others our estimate
     mlm_probability: float = 0.15
     mask_share: float = 0.8
     whole_ngram_masking: bool = True

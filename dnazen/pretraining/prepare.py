@@ -56,7 +56,7 @@ def _prepare_corpus(fasta: list[str], tokenizer_dir: Path, corpus_dir: Path) -> 
     def check(folder: Path, recorded: list[dict[str, Any]]) -> None:
         if [source["sha256"] for source in recorded] != [source["sha256"] for source in sources]:
             raise InputError(
-                f"{folder} was prepared from other FASTA files; give another --work_dir or remove {folder.parent}"
+                f"{folder} was prepared from other FASTA files; give another --work-dir or remove {folder.parent}"
             )
 
     if not corpus_dir.exists():

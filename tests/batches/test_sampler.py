@@ -59,5 +59,5 @@ def test_epoch_at_counts_with_fraction():
 
 
 def test_sequence_longer_than_the_budget_is_refused():
-    with pytest.raises(ValueError, match="max_batch_tokens must hold the longest sequence, 12 tokens, got 11"):
+    with pytest.raises(ValueError, match="--max-batch-tokens must hold the longest sequence, 12 tokens, got 11"):
         pack_by_budget(np.array([3, 10]), np.array([0, 1]), 11)

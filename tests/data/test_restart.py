@@ -110,7 +110,7 @@ def test_build_killed_twice_and_then_asked_for_something_else(inputs, whole, tmp
     output_dir, (tree, size) = tmp_path / "corpus", whole["journal"]
     command = arguments(inputs, output_dir, "journal")
     for share in (0.3, 0.5):
-        code = run_command(*command, before=lambda: limit_files(int(share * size), is_fatal=True))  # noqa: B023
+        code = run_command(*command, before=lambda: limit_files(int(share * size), is_fatal=True))
         assert code == -signal.SIGXFSZ
     (leftover,) = tmp_path.iterdir()
     assert len((leftover / ".state" / "journal").read_bytes().splitlines()) == 3  # two lines, and a part of a third

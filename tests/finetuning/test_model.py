@@ -124,7 +124,7 @@ def test_bases_of_tokens_add_up_to_the_sequence(model_folder, sequences):
 
 @pytest.mark.parametrize("length, expected", [(2, "at least 3"), (0, "at least 3")])
 def test_length_without_room(model_folder, length, expected):
-    with pytest.raises(InputError, match=f"max_length: expected {expected} tokens"):
+    with pytest.raises(InputError, match=f"--max-length: expected {expected} tokens"):
         open_preprocessor(model_folder, max_length=length)
 
 
@@ -160,7 +160,7 @@ def test_other_encoders_are_padded_and_cut_to_their_positions(bert, sequences):
     with torch.no_grad():
         for row, logits in zip(ids, together):
             np.testing.assert_allclose(model(torch.from_numpy(row)[None]).logits[0].numpy(), logits, rtol=0, atol=1e-5)
-    with pytest.raises(InputError, match="max_length: expected 3 to 40 tokens"):
+    with pytest.raises(InputError, match="--max-length: expected 3 to 40 tokens"):
         open_preprocessor(bert, max_length=41)
     with pytest.raises(InputError, match="pairs need DNAZEN or DNABERT-2"):
         preprocessor.encode(table_of(("ACGT", "ACGT")), TASK)

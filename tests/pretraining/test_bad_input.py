@@ -57,7 +57,7 @@ def test_what_was_asked_for_by_name_and_cannot_run(prepared, refused, tmp_path, 
 
 def test_budget_below_the_longest_sequence(prepared, refused, tmp_path):
     line = refused(**{**prepared.arguments(), "max_batch_tokens": 50}, output_dir=tmp_path)
-    assert "max_batch_tokens must hold the longest sequence" in line and "got 50" in line
+    assert "--max-batch-tokens must hold the longest sequence" in line and "got 50" in line
 
 
 def test_corpus_cut_short(prepared, refused, tmp_path):

@@ -81,7 +81,7 @@ def build_corpus(
     The bytes written do not depend on `num_workers` (processes; default: every core, as far as there is work for
     it). Memory: some MB per worker, 16 bytes a piece (0.3 GB for 35 Gb; twice that for moments), and the manifest,
     about 1 kB a record; neither records nor shards are held. A run that was killed, or stopped by a file or disk at
-    fault, is gone on with behind the last file it finished, if it is started again on the same machine with the same
+    fault, goes on behind the last file it finished, if it is started again on the same machine with the same
     arguments and, up to there, the same files; standard input starts anew.
 
     Raises:
