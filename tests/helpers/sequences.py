@@ -16,8 +16,8 @@ def random_bases(length: int, seed: int | random.Random = 0) -> str:
 
 
 def other_strand(bases: str) -> str:
-    """The reverse complement, base by base."""
-    return "".join(PAIRS[base] for base in reversed(bases))
+    """The reverse complement, base by base; N, which may be any, stays."""
+    return "".join(PAIRS.get(base, "N") for base in reversed(bases))
 
 
 def write_fasta(path: Path, records: dict[str, str] | list[str]) -> Path:
