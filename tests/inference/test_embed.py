@@ -249,7 +249,7 @@ def test_what_is_refused(model_folder, tmp_path, capsys, content, more, message)
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("seq,label\nACGT,0\n", "expected a column 'sequence', found ['seq', 'label']"),
+        ("seq,label\nACGT,0\n", "expected a column 'sequence', found seq, label"),
         ("sequence,label\nACGT,0\n,1\n", "line 3: expected a sequence, found nothing"),
         ("sequence,label\nACGT,0\nACQT,1\n", "row 2 has 'Q' at position 3; expected nucleotides"),
         ("sequence\n", "expected a sequence in each row, found no rows"),

@@ -352,10 +352,10 @@ def test_records_off_the_reference_are_refused_by_name(model_folder, contig, fil
     [
         ("in.vcf", b"", "in.vcf: cannot be read as VCF"),
         ("in.vcf", b"hello\n", "in.vcf: cannot be read as VCF"),
-        ("in.vcf", None, "in.vcf: no such file; expected VCF"),
+        ("in.vcf", None, "in.vcf: no such file or folder, given as --vcf"),
         ("in.vcf", gzip.compress(HEADER.encode() * 99, mtime=0)[:-20], "in.vcf: cannot be read as VCF"),
         ("ref.fa", b">chr1\nACGT\n>chr1\nACGT\n", "record name 'chr1' occurs twice"),
-        ("ref.fa", None, "ref.fa: no such file; expected FASTA"),
+        ("ref.fa", None, "ref.fa: no such file or folder, given as --fasta"),
         ("ref.fa", gzip.compress(b">chr1\nACGT\n", mtime=0)[:-9], "ref.fa: cannot be read as FASTA"),
     ],
 )
