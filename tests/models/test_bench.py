@@ -247,9 +247,8 @@ def test_bench_measures_both_paths_and_survives_a_third(config, tmp_path, capfd,
 
 
 def test_unknown_attention_is_refused_before_anything_is_read(tmp_path, capsys):
-    line = (
-        f"bench --corpus {tmp_path} --ngrams {tmp_path} --output-dir {tmp_path / 'bench'} --attn-implementation flashy"
-    )
+    folders = f"--corpus {tmp_path} --ngrams {tmp_path} --output-dir {tmp_path / 'bench'}"
+    line = f"bench {folders} --attn-implementation flashy"
     assert main(line.split()) == 1
     assert "expected one of flash_attention_4, " in capsys.readouterr().err
     assert not (tmp_path / "bench").exists()
