@@ -62,6 +62,7 @@ def outputs(name, batch, device, hidden_size=24, dtype=torch.float32):
                     yield impl, f"{mode} {position}", grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATORS)
 def test_all_implementations_agree(name, batch, device, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -125,6 +126,7 @@ def test_bytes_agree_with_the_tensors(batch):
     assert registry.masking_bytes(whole.sizes) == sum(tensor.nbytes for tensor in tensors)
 
 
+@pytest.mark.slow
 def test_rows_have_every_column_and_go_to_their_device(batch, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "CPU_SECONDS", 0.0)
     for name in ("ngram_matching", "ngram_masking"):
@@ -218,6 +220,7 @@ def test_rehearsal_by_hand():
     assert found["corpus"]["disk"] == found["ngrams"]["disk"] == 10
 
 
+@pytest.mark.slow
 def test_the_budget_of_a_step_holds_all_that_is_owed(batch, device):
     """The kernels' arithmetic, taken from PyTorch's own graphs, against the formula that `dnazen bench` divides by."""
     if device.type == "cuda":
@@ -239,6 +242,7 @@ def test_the_budget_of_a_step_holds_all_that_is_owed(batch, device):
     assert all(kernel.num_bytes >= 0 for part in parts for kernel in part.kernels)
 
 
+@pytest.mark.slow
 def test_the_budget_of_the_optimizer_is_what_deepspeed_moves(root):
     """Counted in a step under ZeRO-2 on one process: parameters that share a bucket, and ones larger than it."""
     output = torchrun(PROGRAMS / "step_traffic.py", 1, **gpu.ON_CPU)
@@ -302,6 +306,7 @@ def is_gone(pid):
     return False
 
 
+@pytest.mark.slow
 def test_a_step_at_its_limit_is_stopped_with_all_it_started(tmp_path):
     pid_file = tmp_path / "pid"
     child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
@@ -363,6 +368,7 @@ def test_programs_of_cuda_are_found_off_the_path(tmp_path, monkeypatch):
     assert sit(tmp_path / "out", [step])[1] == {"checked": "done"}
 
 
+@pytest.mark.slow
 def test_interrupted_it_leaves_a_page_and_nothing_running(tmp_path):
     code = (
         "import sys; from pathlib import Path; from benchmarks import gpu\n"
@@ -436,6 +442,7 @@ def test_a_constant_that_the_kernels_do_not_have_is_refused(monkeypatch):
         run.set_constant("torch", 12)
 
 
+@pytest.mark.slow
 def test_one_implementation_and_one_hidden_size(batch, monkeypatch):
     monkeypatch.setattr(run, "CPU_SECONDS", 0.0)
     speeds = {"cpu": 1.0}

@@ -99,6 +99,7 @@ def test_optional_packages_are_not_imported_at_module_top(root):
         assert path.name in ("triton_impl.py", "_triton_utils.py") or not top & HEAVY, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["root", "elsewhere"])
 def test_folder_called_kernels_does_not_disturb_transformers(root, tmp_path, where):
     """A folder `kernels` with an `__init__.py` would be taken for the PyPI package of that name."""

@@ -345,6 +345,7 @@ def test_what_cannot_change_is_never_found():
     assert result.hits.tolist() == result.expected.tolist() == [2] and result.adjusted_p_values.tolist() == [1]
 
 
+@pytest.mark.slow
 def test_family_wise_p_values_hold_where_there_is_nothing_to_find():
     """Tokens of random bases, in many G-grams each: the smallest p-value is at most 1 / 10 in a tenth of the cases."""
     rng, letters = np.random.default_rng(0), random.Random(0)
@@ -374,6 +375,7 @@ def ngrams_dir(tmp_path):
     return tmp_path / "ngrams"
 
 
+@pytest.mark.slow
 def test_command_writes_tables_and_logos(ngrams_dir, tmp_path, capsys):
     text = jaspar("MA0108.3", "TBP", [*TATA, [222, 2, 44, 121]]) + jaspar("vague", "vague", [[1, 1, 1, 1]])
     text += jaspar("GC", "GC", [[0, 9, 0, 0]] * 6)
@@ -437,6 +439,7 @@ def test_refusals_leave_nothing_behind(ngrams_dir, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_tata_boxes_in_human_core_promoters(shared_data, tmp_path):
     """Paper, section 4.5: G-grams of TATA promoters match TBP more than shuffles do; other promoters' do not.
 

@@ -121,6 +121,7 @@ def assert_equals_plain(found, sources, vocabulary, tokenizer):
     assert found.pmis.tolist() == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_real_data_equals_plain_counting(shared_data, tmp_path):
     """G-grams of human promoters in GUE's mouse sets and core promoters, with DNABERT-2's tokenizer."""
     tokenizer = load_tokenizer(shared_data / "tokenizer")
@@ -168,6 +169,7 @@ def test_corpus_equals_its_sequences_one_by_one(monkeypatch, corpus_dir, ngrams_
     assert found.pmis.tolist() == pytest.approx([plain.pmi(n) for n in vocabulary.ngrams], abs=1e-12, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_command_writes_tables_and_pictures(data_dir, corpus_dir, ngrams_dir, tmp_path, capsys):
     output = tmp_path / "stats"
     arguments = ["--ngrams", str(ngrams_dir), "--data", str(data_dir), str(corpus_dir), "--output-dir", str(output)]
@@ -212,6 +214,7 @@ def test_pmi_in_the_corpus_itself_is_that_of_the_extraction(corpus_dir, ngrams_d
     assert found.pmis.tolist() == pytest.approx(written, abs=5.1e-5)
 
 
+@pytest.mark.slow
 def test_data_in_which_no_ngram_occurs(ngrams_dir, tmp_path):
     path = write_sequences(tmp_path / "a" / "b" / "train.csv", ["A", "AC"])
     found = build_statistics(ngrams_dir, [path], tmp_path / "stats")
@@ -244,6 +247,7 @@ def test_refusals_leave_nothing_behind(data_dir, ngrams_dir, tmp_path, tokenizer
     assert "expected the tokenizer" in message(bad, tokenizer=tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_bare_ngrams_with_a_named_tokenizer(data_dir, ngrams_dir, tmp_path):
     (tmp_path / "bare.json").write_bytes((ngrams_dir / "ngram.json").read_bytes())
     found = build_statistics(tmp_path / "bare.json", [data_dir], tmp_path / "a", tokenizer=ngrams_dir)

@@ -35,6 +35,7 @@ def masking(request):
     return request.param and Masking(*request.param, seed=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capacity", [AMPLE, SMALL], ids=["ample", "small"])
 @pytest.mark.parametrize("use_ngrams", [True, False])
 @pytest.mark.parametrize("impl", ["reference", "triton"])

@@ -44,6 +44,7 @@ def check(status, output):
     assert "Traceback" not in output and "KeyboardInterrupt" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     [[*COMMAND, "doctor"], [sys.executable, SCRIPT], [sys.executable, SCRIPT.with_name("finetune.py")]],
@@ -53,6 +54,7 @@ def test_while_torch_is_imported(line, tmp_path):
     check(*interrupt(line, imports_torch, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_corpus_that_waits_for_its_input_leaves_nothing(workers, tmp_path):
     train_tokenizer(["ACGT" * 100, "TTGACA" * 50], vocab_size=20).save_pretrained(tmp_path / "tokenizer")

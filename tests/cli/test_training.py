@@ -85,6 +85,7 @@ def test_finetune_forwards_its_exit_status(installed, tmp_path):
     assert os.listdir(tmp_path / "empty") == []
 
 
+@pytest.mark.slow
 def test_flags_are_passed_on_as_they_are(tmp_path):
     """What is executed, seen from a process in which executing is refused."""
     code = (

@@ -37,6 +37,7 @@ def read_tree(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_from_fasta_to_corpus(inputs, tmp_path, capsys):
     tokenizer_dir, output_dir = tmp_path / "t", tmp_path / "c"
     fasta = str(inputs / "genome.fa")
@@ -54,6 +55,7 @@ def test_from_fasta_to_corpus(inputs, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "t"]
 
 
+@pytest.mark.slow
 def test_same_bytes_whatever_the_workers(inputs, tmp_path):
     trees = []
     for workers in ("1", "2"):
@@ -84,6 +86,7 @@ def test_errors_are_one_line_and_status_1(inputs, tmp_path, capsys):
     assert [path.name for path in tmp_path.rglob("*")] == ["kept", "mine.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["tokenizer", "corpus"])
 def test_full_disk_leaves_nothing(inputs, tmp_path, command):
     arguments = corpus_arguments(inputs, tmp_path / "new")

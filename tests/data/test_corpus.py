@@ -55,6 +55,7 @@ def genomes(draw):
     return ["".join(rng.choices("ACGTacgtuN", weights=[9] * 9 + [1], k=length)) for length in lengths]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     sequences=genomes(),
@@ -257,6 +258,7 @@ def flip(path):
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["tokens", "offsets", "pieces"])
 @pytest.mark.parametrize(
     ("damage", "verify"), [(cut, False), (cut, True), (flip, True), (Path.unlink, False), (empty, False)]

@@ -91,6 +91,7 @@ def mangled(draw):
     return bytes(data[: draw(st.sampled_from([len(data), len(data), len(data) // 2]))])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(data=mangled(), read_bytes=st.sampled_from([1, 2, 3, 7, 64, 1 << 20]))
 def test_mangled_file_is_refused_or_read_as_it_is(data, read_bytes):
@@ -110,6 +111,7 @@ def test_mangled_file_is_refused_or_read_as_it_is(data, read_bytes):
         assert found == expected
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(data=mangled(), read_bytes=st.sampled_from([5, 64, 1 << 20]), dedup=st.booleans())
 def test_mangled_file_gives_no_wrong_token(tokenizer, data, read_bytes, dedup):
@@ -147,6 +149,7 @@ def test_mangled_file_gives_no_wrong_token(tokenizer, data, read_bytes, dedup):
 # --- where the bases come from ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
 def test_standard_input(tmp_path, tokenizer_dir, compress, capsys):
     text = f">chr1\n{random_bases(30_000)}\n".encode()
@@ -166,6 +169,7 @@ def test_standard_input(tmp_path, tokenizer_dir, compress, capsys):
     assert twice.returncode == 1 and b"standard input): given twice" in twice.stderr
 
 
+@pytest.mark.slow
 def test_list_of_files(tmp_path, tokenizer_dir, capsys):
     files = [write_fasta(tmp_path / f"{i}.fa", {f"r{i}": random_bases(900, i)}) for i in range(300)]
     (tmp_path / "files.txt").write_text("\n".join(map(str, files)) + "\n\n")
@@ -214,6 +218,7 @@ def test_fastq_is_refused_with_the_reason(tmp_path):
 # --- what is left out ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
@@ -271,6 +276,7 @@ def test_records_held_out_whole(tmp_path, tokenizer_dir, capsys):
 # --- leaks -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 2**32), both=st.booleans(), block=st.sampled_from([1, 40, 1 << 18]))
 def test_leaks_against_a_search_in_strings(tokenizer, seed, both, block):

@@ -48,6 +48,7 @@ def start(rank: int, work_dir, *fasta: str, patience: float = 60) -> subprocess.
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_tokenizer_from_other_files_is_refused(fasta, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # which is where bars are shown
     work_dir = tmp_path / "work"
@@ -80,6 +81,7 @@ def test_tokenizer_of_unknown_origin_is_refused(fasta, tmp_path):
         prepare_data([fasta], tmp_path / "work")
 
 
+@pytest.mark.slow
 def test_other_processes_wait_for_the_first(fasta, tmp_path):
     waiting = start(1, tmp_path / "work", fasta)
     time.sleep(1)
@@ -90,6 +92,7 @@ def test_other_processes_wait_for_the_first(fasta, tmp_path):
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["corpus", "ngrams", "tokenizer"]
 
 
+@pytest.mark.slow
 def test_failure_reaches_those_who_wait(fasta, tmp_path):
     waiting = start(1, tmp_path / "work", fasta)
     (tmp_path / "protein.fa").write_text(">p\nMEEPQSDPSV\n")
@@ -106,6 +109,7 @@ def test_failure_reaches_those_who_wait(fasta, tmp_path):
     assert waiting.wait(120) == 0
 
 
+@pytest.mark.slow
 def test_killed_process_is_not_waited_for(tmp_path):
     (tmp_path / "genome.fa").write_text(genome(1, words=100_000))
     preparing = start(0, tmp_path / "work", str(tmp_path / "genome.fa"))

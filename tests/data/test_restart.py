@@ -66,6 +66,7 @@ def whole(inputs, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("largest", "share", "files_done"),
     [
@@ -95,6 +96,7 @@ def test_build_killed_while_it_writes_goes_on(inputs, whole, tmp_path, caplog, l
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["manifest.json.tmp", "os.rename"])
 def test_build_killed_when_all_files_are_done_goes_on(inputs, whole, tmp_path, caplog, at):
     command = arguments(inputs, tmp_path / "corpus")
@@ -106,6 +108,7 @@ def test_build_killed_when_all_files_are_done_goes_on(inputs, whole, tmp_path, c
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
+@pytest.mark.slow
 def test_build_killed_twice_and_then_asked_for_something_else(inputs, whole, tmp_path, caplog):
     output_dir, (tree, size) = tmp_path / "corpus", whole["journal"]
     command = arguments(inputs, output_dir, "journal")
@@ -137,6 +140,7 @@ def test_changed_input_is_not_gone_on_with(inputs, whole, tmp_path):
     assert names == ["other"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("at", ["train-00010", "train-00025", "validation-00004"])
 def test_shards_closed_before_and_after_the_stop(inputs, tmp_path, kind, at):
@@ -161,6 +165,7 @@ def test_shards_closed_before_and_after_the_stop(inputs, tmp_path, kind, at):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "whole"]
 
 
+@pytest.mark.slow
 def test_killed_worker_is_an_error_and_the_build_goes_on(inputs, tmp_path, caplog):
     """The first file is small, so that it is done when a worker is killed, and the last large, so that it is not."""
     lengths = (60_000, 600_000, 1_500_000)
@@ -187,6 +192,7 @@ def test_killed_worker_is_an_error_and_the_build_goes_on(inputs, tmp_path, caplo
     assert read_tree(tmp_path / "corpus") == read_tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_bad_file_costs_nothing_but_itself(inputs, tmp_path, whole, capsys, caplog):
     command = arguments(inputs, tmp_path / "corpus")
     last, good = tmp_path / "4.fa", (inputs / "3" / "4.fa").read_bytes()
@@ -200,6 +206,7 @@ def test_bad_file_costs_nothing_but_itself(inputs, tmp_path, whole, capsys, capl
     assert read_tree(tmp_path / "corpus") == whole["tokens"][0]
 
 
+@pytest.mark.slow
 def test_full_disk_costs_nothing_that_is_finished(inputs, tmp_path, whole, capfd, caplog):
     tree, size = whole["journal"]
     command = arguments(inputs, tmp_path / "corpus", "journal")
@@ -210,6 +217,7 @@ def test_full_disk_costs_nothing_that_is_finished(inputs, tmp_path, whole, capfd
     assert read_tree(tmp_path / "corpus") == tree
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_build(inputs, tmp_path, caplog):
     (tmp_path / "genome.fa").write_text(f">chr1\n{random_bases(8_000_000)}\n")
     command = [sys.executable, "-m", "dnazen.cli.main", "corpus", "--fasta", tmp_path / "genome.fa", "--tokenizer",

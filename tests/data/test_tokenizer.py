@@ -47,6 +47,7 @@ def test_training_ignores_what_is_not_acgt():
     assert tokenizer_checksum(train_tokenizer(runs, 64)) == tokenizer_checksum(train_tokenizer(["NNNN".join(runs)], 64))
 
 
+@pytest.mark.slow
 def test_training_twice_gives_the_same_file(tmp_path, root):
     sequences = [record.sequence[:300_000] for record in read_fasta(next((root / "dnazen/data/genomes").glob("*.gz")))]
     for name in ("a", "b"):

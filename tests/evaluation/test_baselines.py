@@ -121,6 +121,7 @@ def test_markov_model_multiplies_what_a_walk_over_the_bases_multiplies(corpus, t
         np.testing.assert_allclose(gain[row, maskable], expected, atol=20 * 5 * 2**-24 * 4)
 
 
+@pytest.mark.slow
 def test_token_baselines_equal_slow_counting(prepared, corpus, targets):
     """`unigram`, and `previous token` for the best of the strengths on offer, from dictionaries."""
     vocabulary = load_ngrams(prepared.ngrams, corpus)

@@ -35,6 +35,7 @@ def test_bits_per_base_divide_all_bits_by_all_bases():
     assert comparison.advantage.mean == comparison.advantage.low == comparison.advantage.high == 0
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_mean_of_the_population_as_often_as_they_say():
     """Sequences that differ: 95 % of the intervals of 200 experiments hold the truth, within five sigma."""
     hits, targets = 0, make_targets(sequences=40, each=4)

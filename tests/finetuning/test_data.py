@@ -136,6 +136,7 @@ def test_overlaps_are_those_of_plain_loops(train, dev, test):
     assert found["train"][2:] == (0, 0) and found["dev"].in_dev == 0
 
 
+@pytest.mark.slow
 def test_leaks_of_gue_are_the_known_ones(shared_data):
     """The counts that stand in the data's `SOURCES.md`."""
 

@@ -44,6 +44,7 @@ def make(folder, task=TASK, **options):
     return preprocessor, load_model(preprocessor, task).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [Classification(2), PerBase(2)], ids=lambda task: task.kind)
 def test_logits_do_not_depend_on_the_batch(model_folder, sequences, task):
     """Batches of 1 and of 64 differ by rounding in fp32, no more."""
@@ -128,6 +129,7 @@ def test_length_without_room(model_folder, length, expected):
         open_preprocessor(model_folder, max_length=length)
 
 
+@pytest.mark.slow
 def test_dnabert2_sees_tokens_alone(model_folder, tmp_path, sequences):
     tokenizer = load_tokenizer(model_folder)
     write_dnabert2(tmp_path / "dnabert2", vocab_size=len(tokenizer))

@@ -56,6 +56,7 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_learns_and_writes_a_folder_that_everything_reads(learnt, data, tmp_path):
     """The model is learnt; `from_pretrained`, `predict` and the run itself give the same logits for the test split."""
     folder, report = learnt
@@ -84,6 +85,7 @@ def test_learns_and_writes_a_folder_that_everything_reads(learnt, data, tmp_path
     assert [int(row["ngrams"]) for row in rows] == finetuned.preprocessor.count_ngrams(encoded.input_ids)
 
 
+@pytest.mark.slow
 def test_best_model_is_that_of_its_step(model_folder, data, tmp_path):
     """What is kept is the model as it was at the best evaluation, though training went on."""
     report = tune(model_folder, data, tmp_path / "long", max_steps=12, eval_strategy="steps", eval_steps=2)
@@ -93,18 +95,21 @@ def test_best_model_is_that_of_its_step(model_folder, data, tmp_path):
     assert kept.task.metrics(logits, np.array(kept.task.labels_of(table)))["mcc"] == pytest.approx(report["dev"]["mcc"])
 
 
+@pytest.mark.slow
 def test_early_stopping(model_folder, data, tmp_path):
     """With a learning rate of 0 nothing gets better."""
     report = tune(model_folder, data, tmp_path / "run", learning_rate=0.0, num_train_epochs=20, early_stopping=2)
     assert report["best_step"] == 4 and report["steps"] == 12
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_ends_the_run(model_folder, data, tmp_path):
     with pytest.raises(FloatingPointError, match="the loss on dev is nan; try a lower --learning-rate"):
         tune(model_folder, data, tmp_path / "run", learning_rate=1e30)
     assert not (tmp_path / "run" / "final").exists()
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_saved_and_come_back(model_folder, data, tmp_path):
     report = tune(model_folder, data, tmp_path / "run", lora_rank=4, num_train_epochs=3)
     final = tmp_path / "run" / "final"
@@ -117,6 +122,7 @@ def test_adapters_alone_are_saved_and_come_back(model_folder, data, tmp_path):
     assert_same_file(tmp_path / "predicted" / "predictions.csv", tmp_path / "run" / "predictions.csv")
 
 
+@pytest.mark.slow
 def test_adapters_of_another_model_are_refused(model_folder, data, tmp_path):
     tune(model_folder, data, tmp_path / "run", lora_rank=2, max_steps=1)
     record = json.loads((tmp_path / "run" / "final" / "finetune.json").read_text())
@@ -133,6 +139,7 @@ def test_adapters_of_another_model_are_refused(model_folder, data, tmp_path):
         open_finetuned(tmp_path / "run" / "final")
 
 
+@pytest.mark.slow
 def test_dev_and_test_are_computed_alike(model_folder, tmp_path):
     """Also where training computes in bf16: the same rows have the same figures, and `predict` gives them again."""
     data = write_splits(tmp_path / "data", regression_row)
@@ -164,6 +171,7 @@ def test_fasta_is_read_as_csv_is(learnt, data, tmp_path, caplog):
         predict(learnt[0] / "final", tmp_path / "none.fa", tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_precision_that_is_asked_for_wins_over_that_of_training(learnt, data, tmp_path):
     """A record of training in bf16 gives what `bf16` gives; either name has its way with either record."""
     final, record = learnt[0] / "final", json.loads((learnt[0] / "final" / "finetune.json").read_text())
@@ -212,6 +220,7 @@ def regression_row(rng):
     return {"sequence": text, "label": f"{text.count('G') / 30:.4f}"}
 
 
+@pytest.mark.slow
 def test_regression_does_not_depend_on_the_unit(model_folder, tmp_path):
     """Targets a, and 1000 + 100 a: the same correlation, and predictions in the unit of the labels."""
     plain = write_splits(tmp_path / "plain", regression_row)
@@ -245,6 +254,7 @@ def pair_row(rng):
     return {"sequence1": first, "sequence2": first if label else random_bases(25, rng), "label": label}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make_row, task, metrics",
     [
@@ -272,6 +282,7 @@ def test_each_task_trains_and_predicts(model_folder, tmp_path, make_row, task, m
         assert any("." in row["prediction"] for row in rows) and {*"".join(r["prediction"] for r in rows)} <= {*"01."}
 
 
+@pytest.mark.slow
 def test_rare_class_is_found_with_weights(model_folder, tmp_path):
     """A fifth of the rows is of class 1, whatever their sequence: weighted heavily, the model says 1 for all."""
     data = write_splits(
@@ -341,6 +352,7 @@ def test_two_processes_under_deepspeed(model_folder, data, tmp_path, zero):
     assert metrics == json.loads((tmp_path / "run" / "report.json").read_text())["test"]
 
 
+@pytest.mark.slow
 def test_the_command_reports_bad_input_in_one_line(model_folder, data, tmp_path):
     command = [sys.executable, SCRIPT, "--model", model_folder, "--data", tmp_path, "--output_dir", tmp_path / "run"]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True)

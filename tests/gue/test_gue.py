@@ -133,6 +133,7 @@ def test_labels_of_models(model_folder, tmp_path):  # noqa: F811
 # -- the launcher -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_report_and_what_it_is_made_of(gue, model_folder, tmp_path, launch):  # noqa: F811
     output = launch(gue, tmp_path / "o", model_folder, "kmer-lr", no_ngrams=True, tasks="mouse/2")
     assert "not run, because without train: EMP/H3" in output and "3/3" in output
@@ -152,6 +153,7 @@ def test_report_and_what_it_is_made_of(gue, model_folder, tmp_path, launch):  # 
     assert (tmp_path / "o" / "gue.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_precision_and_attention_reach_the_jobs(gue, model_folder, tmp_path):  # noqa: F811
     folder, options = tmp_path / "o", {"seeds": 1, "tasks": ["mouse/2"], "max_steps": 1}
     text, is_complete = run_gue(
@@ -165,6 +167,7 @@ def test_precision_and_attention_reach_the_jobs(gue, model_folder, tmp_path):  #
         run_gue(gue, [str(model_folder)], folder, precision="half", **options)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(gue, model_folder, tmp_path, launch):  # noqa: F811
     """kill -9 of the launcher: its jobs die with it, what was finished stays as it is, the rest is run."""
     args, options = (gue, tmp_path / "o", model_folder), {"tasks": "mouse/2", "seeds": 2, "jobs_per_device": 1}
@@ -199,6 +202,7 @@ def _state(pid: str) -> str:
         return "Z"
 
 
+@pytest.mark.slow
 def test_failing_job_does_not_stop_the_others(gue, tmp_path, launch):
     """One data set's dev split has a class of its own: that job fails and is reported, the other is done."""
     broken = shutil.copytree(gue, tmp_path / "gue")
@@ -214,6 +218,7 @@ def test_failing_job_does_not_stop_the_others(gue, tmp_path, launch):
     assert "1 of 2 jobs were finished before" in output and "failed" not in output
 
 
+@pytest.mark.slow
 def test_data_set_that_cannot_be_read_does_not_stop_the_others(gue, tmp_path, launch):
     """It is listed as failed if it was to be run, and not even read if it was not."""
     broken = shutil.copytree(gue, tmp_path / "gue")

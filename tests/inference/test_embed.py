@@ -79,6 +79,7 @@ def read_tsv(path):
         return [(row["record"], int(row["start"]), int(row["end"])) for row in csv.DictReader(file, delimiter="\t")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_vectors_are_those_of_the_model_alone(model_folder, fasta, sequences, plain, tmp_path, pooling):
     for layer in (None, 0, 1):
@@ -100,6 +101,7 @@ def test_vectors_are_those_of_the_model_alone(model_folder, fasta, sequences, pl
         assert row == len(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_same_vectors_alone_and_in_batches_of_64(model_folder, fasta, tmp_path, pooling):
     found = []
@@ -195,6 +197,7 @@ def test_windows_and_letters_that_are_no_bases(model_folder, genome, plain, tmp_
         assert np.isnan(found[1]).all() and table == [("1", 0, 318), ("2", 0, 4)]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_input(model_folder, genome, tmp_path):
     """Vectors of all bases of 120 kb take 11.5 MB, and are never held."""
     sizes = []
@@ -295,6 +298,7 @@ def test_full_disk_leaves_nothing(model_folder, fasta, tmp_path, capfd):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes(model_folder, genome, tmp_path, caplog):
     """kill -9 leaves nothing under the name that was asked for; the next try removes what it leaves, and is whole."""
     (tmp_path / "in.fa").write_text(f">a\n{genome}\n")

@@ -57,6 +57,7 @@ def evaluate(folder, output, *fasta):
     return main([*line, *options])
 
 
+@pytest.mark.slow
 def test_overlap_is_counted_on_both_strands_and_what_shares_nothing_stands_apart(folder, tmp_path, capsys):
     assert evaluate(folder, tmp_path / "out", "other.fa") == 0
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())

@@ -144,6 +144,7 @@ def test_overlapping_windows_give_each_occurrence_once(model_folder, genome, tmp
     np.testing.assert_allclose(found, values, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_gap_takes_no_memory(model_folder, genome, tmp_path):
     """Zeros of one track over 5 Mb of N would take 40 MB."""
     runs, peaks = (genome[:250], genome[1000:1200]), []
@@ -162,6 +163,7 @@ def test_a_gap_takes_no_memory(model_folder, genome, tmp_path):
     assert sum(start > 250 for _, start, _, _ in narrow) > 3
 
 
+@pytest.mark.slow
 def test_attention_does_not_depend_on_the_batch(model_folder, genome, tmp_path):
     sequences = [genome[start : start + 80 + start % 97] for start in range(0, 40_000, 600)]
     (tmp_path / "in.csv").write_text("sequence\n" + "".join(f"{sequence}\n" for sequence in sequences))

@@ -56,6 +56,7 @@ def run(model_folder, genome, tmp_path):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["embed", "explain", "variants", "evaluate"])
 def test_bf16_differs_by_rounding(run, command):
     plain, rounded = run(command), run(command, "--precision", "bf16")
@@ -64,6 +65,7 @@ def test_bf16_differs_by_rounding(run, command):
     assert np.abs(plain - rounded).max() <= 0.1 * max(1.0, np.abs(plain).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["embed", "variants", "evaluate"])
 def test_attention_by_name(run, command, capsys):
     plain, eager = run(command), run(command, "--attn-implementation", "eager")

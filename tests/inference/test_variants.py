@@ -133,6 +133,7 @@ def test_scores_are_those_of_plain_loops(model_folder, contig, files, plain):
     assert len({info["DNAZEN_LLR"] for info in found}) == 7
 
 
+@pytest.mark.slow
 def test_same_scores_alone_and_in_large_batches(model_folder, contig, files):
     positions = sorted(random.Random(0).sample(range(1, 3000), 30))
     records = "".join(line(pos, contig[pos - 1], other(contig[pos - 1])) for pos in positions)
@@ -145,6 +146,7 @@ def test_same_scores_alone_and_in_large_batches(model_folder, contig, files):
         assert one["DNAZEN_DIST"] == pytest.approx(two["DNAZEN_DIST"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_other_strand_and_the_way_back(model_folder, contig, files):
     """A variant has the same score on the reversed contig; from ALT to REF its LLR changes sign."""
     changes = [(700, "", ""), (1200, "", "ACCA"), (1700, contig[1700:1709], "")]
@@ -393,6 +395,7 @@ def test_outputs_and_arguments(model_folder, contig, files, capsys):
     assert (files.folder / "out.vcf").read_bytes() == before and not (files.folder / "new.vcf").exists()
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_nothing(model_folder, contig, files, capfd):
     records = [
         line(pos, base, other(base), info=f"N={random.Random(pos).randbytes(500).hex()}")  # not to be compressed away

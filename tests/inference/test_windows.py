@@ -4,6 +4,7 @@ import re
 from itertools import chain
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from dnazen.dna import reverse_complement
 from dnazen.inference.windows import cut_windows
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.text("ACGTN", min_size=1, max_size=60), min_size=1, max_size=3),

@@ -76,6 +76,7 @@ def test_sdpa_equals_eager(lengths, with_alibi):
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("with_alibi", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -89,6 +90,7 @@ def test_flex_equals_eager_forward(lengths, with_alibi):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     ("heads", "head_dim", "length"), [(12, 64, 4096), (16, 64, 1000), (12, 128, 1000)], ids="base large xlarge".split()
@@ -196,6 +198,7 @@ def fresh_selection():
     select._obstacle.cache_clear()
 
 
+@pytest.mark.slow
 def test_on_a_cpu_sdpa_is_chosen_and_each_better_one_has_its_reason():
     for requested, training in itertools.product([None, "auto"], [True, False]):
         name, reasons = select_attention(requested, CPU, torch.float32, 12, 64, training)
@@ -207,6 +210,7 @@ def test_on_a_cpu_sdpa_is_chosen_and_each_better_one_has_its_reason():
         }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 64), (12, 128), (3, 8)])
@@ -281,6 +285,7 @@ def _does_not_launch(*args):
     raise RuntimeError("out of shared memory\nat line 3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
@@ -332,6 +337,7 @@ def checked_shapes(monkeypatch, fresh_selection) -> set[tuple[int, int, int, boo
     return shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", FLASH_4_KERNELS.values(), ids=FLASH_4_KERNELS)
 def test_the_check_runs_every_kernel_of_flash_attention_4(checked_shapes, kernel):
     for with_alibi in (True, False):
@@ -369,6 +375,7 @@ def test_the_check_runs_what_a_batch_of_pretraining_runs(checked_shapes, config,
     assert {total > 128 for _, _, total, _ in checked_shapes} == {False, True}
 
 
+@pytest.mark.slow
 def test_the_check_leaves_random_numbers_alone(fresh_selection):
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -400,6 +407,7 @@ def test_what_cannot_run_is_an_error_of_the_forward(config, make_batch):
         model(**make_batch([5], [1], mask_rate=None))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_model_on_flex_equals_eager(config, make_batch):
     model, batch = DNAZenModel(config).eval(), make_batch([3, 140, 17], [0, 4, 1], mask_rate=None)

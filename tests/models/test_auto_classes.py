@@ -22,6 +22,7 @@ def run(code: str, root) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [

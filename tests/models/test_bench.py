@@ -150,6 +150,7 @@ def test_measuring_begins_when_nothing_compiles_any_more(compilations, monkeypat
     assert said[0][1]["steps"] == 9 and said[0][1]["ended"]  # the fourth compiled, five more did not
 
 
+@pytest.mark.slow
 def test_a_warm_up_without_end_is_cut_and_says_so(compilations, monkeypatch):
     torch._dynamo.reset()
     stopped, said = run_steps(range(3, 20), monkeypatch, most=4)

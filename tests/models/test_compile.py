@@ -69,6 +69,7 @@ def test_compiled_layers_equal_eager_ones_and_compile_once(impl, is_checkpointin
     assert counts == [counts[0]] * len(BATCHES)
 
 
+@pytest.mark.slow
 def test_no_step_waits_for_the_device(config, make_batch, device, monkeypatch):
     """On a CPU by the operators called, with a stand-in for PyTorch's flex_attention, which has no backward there and
     no
@@ -97,6 +98,7 @@ def test_no_step_waits_for_the_device(config, make_batch, device, monkeypatch):
             step()
 
 
+@pytest.mark.slow
 def test_more_versions_than_by_default_in_any_thread_and_no_limit_changed(fresh_dynamo):
     """Checkpointed layers run again in autograd's threads, which do not see what another thread has configured."""
     counter = CompileCounterWithBackend("eager")
@@ -128,6 +130,7 @@ def compiled_flex(fresh_dynamo, monkeypatch) -> CompileCounterWithBackend:
     return counter
 
 
+@pytest.mark.slow
 def test_flex_attention_compiles_once_for_both_encoders(compiled_flex):
     """Whatever the number of rows and of sequences."""
     for lengths in ([200, 60, 300], [128, 128], [300, 20, 1, 0, 40], [500, 500], [130], [1] * 700):
@@ -143,6 +146,7 @@ def test_flex_attention_compiles_once_for_both_encoders(compiled_flex):
     assert compiled_flex.frame_count == 1
 
 
+@pytest.mark.slow
 def test_versions_of_flex_attention_are_few_and_all_there_after_a_round(compiled_flex):
     """Rows in one tile, in more, and one row; each way of recording gradients; the layouts of both encoders' states."""
     versions = []
@@ -171,6 +175,7 @@ def test_versions_of_flex_attention_are_few_and_all_there_after_a_round(compiled
     assert versions == [18, 18]
 
 
+@pytest.mark.slow
 def test_fine_tuning_compiles_all_versions_in_its_first_rounds(compiled_flex, config, make_batch, monkeypatch):
     """The check at the start, then training and dev in turn, with no G-gram, one, a tile of them at most, and more."""
     layers = CompileCounterWithBackend("aot_eager")

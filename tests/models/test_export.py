@@ -41,6 +41,7 @@ def trained(request, prepared, tmp_path):
     return request.param, model, folder
 
 
+@pytest.mark.slow
 def test_names_shapes_files_and_the_way_back(trained, tmp_path, capsys, caplog):
     head, model, folder = trained
     assert main(["export", "--model", str(folder), "--output-dir", str(tmp_path / "out")]) == 0
@@ -64,6 +65,7 @@ def test_names_shapes_files_and_the_way_back(trained, tmp_path, capsys, caplog):
     assert first == second
 
 
+@pytest.mark.slow
 def test_configuration_has_every_published_field(trained, tmp_path):
     head, model, folder = trained
     main(["export", "--model", str(folder), "--output-dir", str(tmp_path / "out")])

@@ -34,6 +34,7 @@ def train(model, batch, impl, dtype, autocast=False):
     return {"losses": torch.stack(losses), "logits": output.logits.detach().double(), "moved": moved}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_training_through_kernels_is_as_exact_as_through_pytorch(run, config, make_batch, device):
     """Against fp64: at most twice the error of plain PyTorch in the same dtype, plus a budget."""

@@ -263,6 +263,7 @@ def test_misshaped_weights_may_be_named_new(tmp_path, said):
     ]
 
 
+@pytest.mark.slow
 def test_another_number_of_ngrams_is_not_loaded_by_halves(tmp_path):
     write_dnazen(tmp_path)
     message = refused(DNAZenForMaskedLM, tmp_path, ngram_vocab_size=31)

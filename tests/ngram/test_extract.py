@@ -73,6 +73,7 @@ def corpora(draw):
     return vocab_size, draw(st.lists(st.lists(sequence, max_size=12), min_size=1, max_size=3))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     corpora(),
@@ -112,6 +113,7 @@ def make_sequences():
     return [sum((words[i] for i in rng.integers(0, 40, 20)), []) for _ in range(300)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("long_pieces", ["drop", "split"])
 def test_extraction_same_for_any_blocks_and_workers(monkeypatch, long_pieces):
     sequences = make_sequences()

@@ -82,6 +82,7 @@ def flags(options):
     return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards_of_pairs, shards_of_runs", [(1, 1), (2, 3)])
 def test_merged_equals_all_at_once(folder, tmp_path, capsys, monkeypatch, shards_of_pairs, shards_of_runs):
     """Shards of `c` are empty, but for one."""
@@ -322,6 +323,7 @@ def test_no_ngram_in_a_merge(counted, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["ngrams.tsv", "manifest.json.tmp", "os.rename"])
 @pytest.mark.parametrize("what", ["ngrams", "merge"])
 def test_killed_extraction_leaves_nothing_whole(folder, counted, tmp_path, caplog, what, at):
@@ -339,6 +341,7 @@ def test_killed_count_leaves_nothing_whole(folder, counted, tmp_path, caplog, ki
     check_kill(["ngrams", "count", "--corpus", folder / "a", *pairs], tmp_path, at, caplog)
 
 
+@pytest.mark.slow
 def test_killed_while_workers_count(folder, tmp_path, monkeypatch):
     """Its workers die with it, whatever they are at."""
 

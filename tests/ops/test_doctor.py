@@ -7,6 +7,7 @@ from dnazen.cli import machine
 from dnazen.cli.main import main
 
 
+@pytest.mark.slow
 def test_operators_are_compared_with_the_reference(capsys):
     assert main(["doctor"]) == 0
     output = capsys.readouterr().out
@@ -19,6 +20,7 @@ def test_operators_are_compared_with_the_reference(capsys):
         assert lines[name] == "kernels, which agree with the reference"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["matching", "masking", "fusion"])
 def test_disagreement_is_said_and_the_exit_status_tells(monkeypatch, capsys, name):
     operator = getattr(machine, f"_{name}")

@@ -53,6 +53,7 @@ def saved_bytes(function) -> tuple[torch.Tensor, int]:
         return function(), sum(saved.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warps_per_sm", [8, 12, 16])
 @pytest.mark.parametrize("num_tokens, num_ngrams, num_edges", SIZES)
 def test_residual_layer_norm(num_tokens, num_ngrams, num_edges, warps_per_sm, device, allocated, monkeypatch):
@@ -72,6 +73,7 @@ def test_residual_layer_norm(num_tokens, num_ngrams, num_edges, warps_per_sm, de
     assert sum(allocated) == (num_tokens + num_ngrams + 2 * num_programs) * row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_tokens, num_ngrams, num_edges", SIZES)
 def test_ngram_fusion(num_tokens, num_ngrams, num_edges, device, allocated):
     (x, *_, ngrams), edges = make_inputs(num_tokens, num_ngrams, num_edges, device)

@@ -108,6 +108,7 @@ def test_cases_cover_all_pairs():
     assert [len({case[position] for case in CASES}) for position in range(4)] == [4, 4, 8, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @over_cases
 def test_ngram_fusion(dtype, hidden_size, pattern, layout, impl, device, poisoned_memory):
@@ -157,6 +158,7 @@ def check_residual_layer_norm(dtypes, hidden_size, matrix, edges, layout, device
         assert gradient.abs().max() > 0.1, name
 
 
+@pytest.mark.slow
 @over_cases
 def test_residual_layer_norm(dtype, hidden_size, pattern, layout, device, poisoned_memory):
     matrix = make_matrix(pattern)
@@ -164,6 +166,7 @@ def test_residual_layer_norm(dtype, hidden_size, pattern, layout, device, poison
     check_residual_layer_norm([dtype] * 5, hidden_size, matrix, edges, layout, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden_size", [1024, 1536, 4096])
 def test_rows_over_several_vectors_and_warps(hidden_size, device, poisoned_memory):
     matrix = make_matrix("empty_rows")
@@ -171,6 +174,7 @@ def test_rows_over_several_vectors_and_warps(hidden_size, device, poisoned_memor
     check_residual_layer_norm([torch.bfloat16] * 5, hidden_size, matrix, edges, "contiguous", device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtypes",
     [
@@ -243,6 +247,7 @@ def test_no_tokens(impl, device):
     assert not any(gradient.any() for gradient in gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_gradcheck(impl, device):
     edges = make_edges(make_matrix("empty_rows", 4)[:, :5], device=device)
@@ -257,6 +262,7 @@ def test_gradcheck(impl, device):
     )
 
 
+@pytest.mark.slow
 def test_same_bits_on_every_run(device):
     num_tokens, num_ngrams, hidden_size = (4099, 700, 768) if device.type == "cuda" else (11, 5, 24)
     matrix = (torch.rand(num_tokens, num_ngrams) < 0.3).float()
@@ -289,6 +295,7 @@ def operator_arguments(device):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ngram_fusion", "residual_layer_norm", "residual_layer_norm_backward"])
 def test_opcheck(name, device):
     for arguments in operator_arguments(device)[name]:

@@ -80,6 +80,7 @@ cases = st.tuples(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(cases, st.booleans())
 def test_reference_equals_slow_masking(case, whole_ngram):
@@ -88,6 +89,7 @@ def test_reference_equals_slow_masking(case, whole_ngram):
     assert as_lists(batch) == mask_slowly(as_lists(inputs), whole_ngram)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, **with_fixtures)
 @given(cases, st.booleans(), st.none() | st.tuples(st.integers(0, 40), st.integers(0, 150)))
 def test_implementations_equal_slow_masking(device, poisoned_memory, case, whole_ngram, capacity):
@@ -95,6 +97,7 @@ def test_implementations_equal_slow_masking(device, poisoned_memory, case, whole
     check(make_inputs(*case, capacity), device, whole_ngram)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(cases, st.booleans())
 def test_invariants(case, whole_ngram):
@@ -122,6 +125,7 @@ def small_blocks(monkeypatch):
 RISING = [tuple(range(first, first + n)) for n in range(2, 6) for first in range(5, 12 - n + 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capacity", [None, (200, 900)], ids=["exact", "padded"])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 @pytest.mark.parametrize(
@@ -235,6 +239,7 @@ def make_large_case(device):
     return to(make_inputs(sequences, vocabulary, 0, 0.02, (400, 1500)), device)
 
 
+@pytest.mark.slow
 def test_same_integers_on_every_run(device):
     inputs = make_large_case(device)
     first = as_lists(ngram_masking(**inputs, impl="triton"))
@@ -252,6 +257,7 @@ def test_no_host_synchronisation(device):
         reference.mask_ngrams(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("whole_ngram", [True, False], ids=["whole", "tokens"])
 def test_opcheck(device, impl, whole_ngram):

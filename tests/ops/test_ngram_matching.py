@@ -62,6 +62,7 @@ def vocabularies_and_batches(draw):
     return sequences, dict(zip(ngrams, ids, strict=True)), vocab_size, draw(st.none() | st.integers(1, 4))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(vocabularies_and_batches())
 def test_reference_equals_slow_search(case):
@@ -70,6 +71,7 @@ def test_reference_equals_slow_search(case):
     assert as_lists(matches) == match_slowly(sequences, vocabulary, max_ngrams)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, **with_fixtures)
 @given(vocabularies_and_batches(), st.none() | st.tuples(st.integers(0, 20), st.integers(0, 60)))
 def test_implementations_equal_slow_search(device, poisoned_memory, case, capacity):
@@ -221,6 +223,7 @@ def test_integer_types(device, dtype):
         assert as_lists(ngram_matching(tokens, cu_seqlens, table, 9, capacity=(300, 3000), impl=impl)) == expected
 
 
+@pytest.mark.slow
 def test_same_integers_on_every_run(device):
     batch = make_large_case(device)
     first = as_lists(ngram_matching(*batch, capacity=(300, 3000), impl="triton"))
@@ -235,6 +238,7 @@ def test_no_host_synchronisation(device):
     assert counts.tolist()[0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("max_ngrams", [None, 5])
 def test_opcheck(device, impl, max_ngrams):

@@ -31,6 +31,7 @@ def test_unknown_impl():
         resolve_impl("cuda", CPU)
 
 
+@pytest.mark.slow
 def test_reference_runs_without_triton_and_flash_attn(root):
     """In a fresh interpreter in which neither can be imported."""
     code = """

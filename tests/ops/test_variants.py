@@ -75,6 +75,7 @@ def run_fusions(batch: dict, device: torch.device) -> None:
     ngram_fusion(states, ngrams, edges, impl="triton").sum().backward()
 
 
+@pytest.mark.slow
 def test_batches_of_other_sizes_ask_for_no_other_variant(corpus, device, variants):
     """From matching to the fusion's backward, on real batches; the first has all variants that there are."""
     vocabulary = load_ngrams(corpus.path.parent / "ngrams", corpus)

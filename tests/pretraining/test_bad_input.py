@@ -19,6 +19,7 @@ def copy_of(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / folder.name)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_refused_ends_with_one_line_and_status_1(prepared):
     output = run(expect=1, corpus=prepared.corpus).stdout
     assert output == "dnazen: error: --corpus and --ngrams belong together: give both, or neither and --fasta\n"
@@ -113,6 +114,7 @@ def test_work_dir_prepared_from_another_genome(prepared, refused, tmp_path):
     assert "was prepared from other FASTA files" in refused(fasta=other, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
@@ -135,6 +137,7 @@ def test_gradient_that_is_not_finite_stops_before_the_optimizer(prepared, tmp_pa
     assert all(parameter.abs().max() < 10 for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_last_checkpoint(prepared, finished):
     """A limit on file sizes stands for the full disk: the optimizer's file does not fit."""
     shutil.rmtree(finished / "checkpoint-4")

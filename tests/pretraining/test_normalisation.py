@@ -31,6 +31,7 @@ def alone(prepared, tmp_path_factory):
     return output_dir / "checkpoint-4"
 
 
+@pytest.mark.slow
 def test_first_step_is_the_mean_over_all_masked_tokens(prepared, alone):
     """Against one batch that holds both micro-batches, without a Trainer."""
     corpus = Corpus.open(prepared.corpus)

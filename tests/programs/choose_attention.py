@@ -10,6 +10,7 @@ from dnazen.files import InputError
 from dnazen.layers.attention import BACKENDS
 from dnazen.models import DNAZenConfig, DNAZenModel
 from dnazen.training.attention import agree_on_attention
+from dnazen.training.script import exit_process, leave_process_group
 
 
 def main(broken_rank: int, output_dir: str) -> None:
@@ -32,3 +33,5 @@ def main(broken_rank: int, output_dir: str) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), sys.argv[2])
+    leave_process_group()
+    exit_process(0)

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
+from dnazen.training.script import exit_process, leave_process_group
 from tests.helpers.zero_engine import build_engine, take_norm_at_once
 
 
@@ -53,4 +54,5 @@ if __name__ == "__main__":
     deepspeed.init_distributed("gloo")
     counts = {f"ZeRO-{stage}": [count(stage, True), count(stage, False)] for stage in (1, 2, 3)}
     print(json.dumps(counts), flush=True)
-    torch.distributed.destroy_process_group()
+    leave_process_group()
+    exit_process(0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dnazen.training.script import exit_process, leave_process_group
 from tests.helpers.zero_engine import build_engine, take_norm_at_once
 
 NUM_TENSORS, SIZE = 6, 100_000
@@ -65,4 +66,5 @@ if __name__ == "__main__":
     deepspeed.init_distributed("gloo")
     counts = {"ZeRO-1": count(1, 10**6), "ZeRO-2": count(2, 10**6), "ZeRO-2, large": count(2, SIZE - 1)}
     print(json.dumps(counts), flush=True)
-    torch.distributed.destroy_process_group()
+    leave_process_group()
+    exit_process(0)

@@ -9,6 +9,7 @@ import math
 import deepspeed
 import torch
 
+from dnazen.training.script import exit_process, leave_process_group
 from tests.helpers.zero_engine import build_engine, take_norm_at_once
 
 
@@ -78,8 +79,9 @@ def main() -> None:
     step(engine, 0, math.inf, on_this=rank == last)
     assert all(map(torch.equal, before, engine.optimizer.single_partition_of_fp32_groups)), "no norm: weights moved"
     print(f"process {rank}: all as it should be", flush=True)
-    torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":
     main()
+    exit_process(0)

@@ -14,6 +14,7 @@ from dnazen.pretraining.training_arguments import PretrainingArguments
 from tests.helpers.launch import PROGRAMS, ROOT, environment, torchrun
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_gradient_that_is_not_finite_on_one_process_moves_no_weight(processes):
     """inf, NaN and -inf; ZeRO-1, 2 and 3; fp32 and bf16; with accumulation and without.
@@ -23,6 +24,7 @@ def test_gradient_that_is_not_finite_on_one_process_moves_no_weight(processes):
     assert torchrun(PROGRAMS / "zero_steps.py", processes).count("all as it should be") == processes
 
 
+@pytest.mark.slow
 def test_operations_of_an_optimizer_step():
     """DeepSpeed's own search and norms take 15 for each of the model's tensors, under ZeRO-3 norms alone."""
     line = next(line for line in torchrun(PROGRAMS / "step_operations.py", 1).splitlines() if line.startswith("{"))
@@ -64,6 +66,7 @@ def test_every_parameter_has_a_gradient_where_there_are_no_ngrams(use_ngrams, wi
     assert PretrainingArguments.__dataclass_fields__["ddp_find_unused_parameters"].default is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
 def test_memory_segments_grow_unless_the_user_says_otherwise(script):
     """By the time that torch is imported, which is kept from it here."""
