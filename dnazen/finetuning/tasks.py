@@ -347,8 +347,9 @@ TASKS: dict[str, type[Task]] = {task.kind: task for task in (Classification, Reg
 def task_from_record(record: dict[str, Any]) -> Task:
     """The task that `Task.record` described; KeyError if the kind is unknown or a field is absent."""
     task_class = TASKS[record["kind"]]
-    values = {**record, "target_std": record["deviations"]}  # its name on disk
-    return task_class(**{field.name: values[field.name] for field in dataclasses.fields(task_class)})
+    on_disk = {"target_std": "deviations"}
+    names = [field.name for field in dataclasses.fields(task_class)]
+    return task_class(**{name: record[on_disk.get(name, name)] for name in names})
 
 
 def mcc(truth: np.ndarray, prediction: np.ndarray, weights: np.ndarray | None = None) -> float:
