@@ -12,7 +12,6 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from dnazen.cli.main import main
 from dnazen.data.fasta import read_fasta
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer
 from dnazen.pretraining.prepare import PACKAGED_GENOME
@@ -69,7 +68,7 @@ def pages(root: Path) -> list[Path]:
     return [root / "README.md", *(root / "docs" / name for name in names), root / "CONTRIBUTING.md"]
 
 
-def run(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def run(line: str, folder: Path) -> str:
     """Run one line of a page, shortened, `base` replaced by a small configuration, `hostfile` by this machine."""
     words = line.split()
     if words[0] == "hf":
@@ -83,10 +82,6 @@ def run(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if words[:2] == ["dnazen", "gue"]:
         words += ["--max-steps", "2", "--seeds", "1"]
     words = ["small.json" if pair == ("--model", "base") else pair[1] for pair in zip(["", *words], words)]
-    if words[0] == "dnazen" and words[1] not in ("pretrain", "finetune", "bench", "gue"):  # which start processes
-        monkeypatch.chdir(folder)
-        assert main(words[1:]) == 0, " ".join(words)
-        return ""
     result = subprocess.run(
         words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
     )
@@ -128,7 +123,7 @@ def folder(root, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_command_and_line_of_python_runs(root, folder, monkeypatch):
+def test_every_command_and_line_of_python_runs(root, folder):
     """The README, then the chapters in their order, in one folder; what two pages have in common runs once."""
     done, not_run = set(), {}
     for page in pages(root):
@@ -140,7 +135,7 @@ def test_every_command_and_line_of_python_runs(root, folder, monkeypatch):
             elif block.language == "bash":
                 for line in block.text.splitlines():
                     if line not in done:
-                        check(line, root, folder, monkeypatch)
+                        check(line, root, folder)
                     done.add(line)
             done.add(block.text)
     assert not_run == NOT_RUN
@@ -151,14 +146,14 @@ def test_every_command_and_line_of_python_runs(root, folder, monkeypatch):
     assert (folder / "dnabert2" / "published" / "model.safetensors").is_file()
 
 
-def check(line: str, root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def check(line: str, root: Path, folder: Path) -> None:
     """Run a line and look for what it must print; of `make`, only that the target is there and what it would do."""
     if line.startswith("make "):
         recipe = subprocess.run(["make", "-n", line.split()[1]], cwd=root, capture_output=True, text=True, check=True)
         main_job = "deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json\n"
         assert (main_job in recipe.stdout) == (line == "make pretrain")
         return
-    output = run(line, folder, monkeypatch)
+    output = run(line, folder)
     if "dnazen/finetune.py" in line:
         assert "best on dev" in output
     elif line.startswith("deepspeed"):
@@ -172,9 +167,9 @@ def run_python(text: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_the_main_job_runs_with_no_other_argument(root, folder, monkeypatch):
+def test_the_main_job_runs_with_no_other_argument(root, folder):
     """What `make pretrain` runs, cut short: the packaged genome, whole, on the tiny model."""
-    output = run("deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json", folder, monkeypatch)
+    output = run("deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json", folder)
     assert "4,938,920 bases" in output and "DNAZEN tiny: 1.5 M parameters, bf16" in output
     assert (folder / "runs" / "ecoli536_NC_008253" / "tiny" / "report.json").is_file()
 
