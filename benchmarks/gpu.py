@@ -33,9 +33,10 @@ import psutil
 from benchmarks.gpu_page import READERS, installed, page
 from benchmarks.yeast import ROOT, commit
 from dnazen.data.fasta import read_fasta
+from dnazen.environment import free_port
 from dnazen.files import InputError, write_json
 from dnazen.pretraining.prepare import PACKAGED_GENOME
-from tests.helpers.launch import environment, free_port
+from tests.helpers.launch import environment
 
 # back-ends of attention, and the package that one needs
 BACKENDS = {

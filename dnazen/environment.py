@@ -14,13 +14,17 @@ def grow_memory_segments() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def stand_alone() -> None:
-    """Set what a launcher sets for the only process of a run: DeepSpeed wants to be told that it is alone."""
+def free_port() -> int:
+    """A port of this machine for the processes of a run to meet at."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+        return listener.getsockname()[1]
+
+
+def stand_alone() -> None:
+    """Set what a launcher sets for the only process of a run: DeepSpeed wants to be told that it is alone."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def report_interrupt() -> int:

@@ -14,9 +14,10 @@ import yaml
 
 from dnazen.data.fasta import read_fasta
 from dnazen.data.tokenizer import load_tokenizer, save_tokenizer
+from dnazen.environment import free_port
 from dnazen.pretraining.prepare import PACKAGED_GENOME
 from tests.finetuning.conftest import motif_row, write_splits
-from tests.helpers.launch import environment, free_port
+from tests.helpers.launch import environment
 from tests.helpers.published import write_dnabert2
 from tests.test_packaging import ARROWS
 

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
+from dnazen.environment import free_port
 from dnazen.files import InputError
 from dnazen.training.configurations import find_configuration
 from tests.finetuning.conftest import motif_row, write_splits
-from tests.helpers.launch import environment, free_port
+from tests.helpers.launch import environment
 
 ZERO = ("zero1", "zero2", "zero3")
 

@@ -5,12 +5,13 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from dnazen.environment import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "dnazen" / "pretrain.py"
@@ -23,13 +24,6 @@ def environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in SET_BY_US}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     return {**kept, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PATH": path}
-
-
-def free_port() -> int:
-    """A port for the process group's rendezvous."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def command(
