@@ -6,8 +6,11 @@ PIP = .venv/bin/pip install --quiet --disable-pip-version-check --prefer-binary 
 pretrain: .venv/installed
 	PATH="$(CURDIR)/.venv/bin:$$PATH" deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json
 
+# Corpora and checkpoints are synced as they are written, which takes a disk long: tests write to memory where it has room.
+SHM = $(shell test "$$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 8000000 2>/dev/null && echo TMPDIR=/dev/shm)
+
 # a worker for each core, and one thread in each
-PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist worksteal
+PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 $(SHM) python -m pytest --numprocesses auto --dist worksteal
 
 test: .venv/installed-test
 	$(PYTEST)

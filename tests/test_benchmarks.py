@@ -28,7 +28,7 @@ from dnazen.pretraining.arguments import DataArguments
 from dnazen.pretraining.training_arguments import PretrainingArguments
 from dnazen_kernels.ngram_fusion import triton_impl as fusion_kernels
 from dnazen_kernels.ngram_masking import ngram_masking
-from tests.helpers.launch import PROGRAMS, torchrun
+from tests.helpers.launch import PROGRAMS, run_program
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_the_budget_of_a_step_holds_all_that_is_owed(batch, device):
 @pytest.mark.slow
 def test_the_budget_of_the_optimizer_is_what_deepspeed_moves(root):
     """Counted in a step under ZeRO-2 on one process: parameters that share a bucket, and ones larger than it."""
-    output = torchrun(PROGRAMS / "step_traffic.py", 1, **gpu.ON_CPU)
+    output = run_program(PROGRAMS / "step_traffic.py", 1, **gpu.ON_CPU)
     found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     assert found["ZeRO-2"] == pytest.approx(budget.OPTIMIZER_BYTES, abs=0.1)  # states of one number beside the tensors
     assert found["ZeRO-2, large"] == pytest.approx(budget.OPTIMIZER_BYTES_IF_LARGE, abs=0.1)

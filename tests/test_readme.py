@@ -1,6 +1,7 @@
 """Every command and every line of Python in the README and the chapters of `docs` runs, in order, in a fresh folder."""
 
 import ast
+import gzip
 import os
 import re
 import shutil
@@ -17,13 +18,15 @@ from dnazen.data.tokenizer import load_tokenizer, save_tokenizer
 from dnazen.environment import free_port
 from dnazen.pretraining.prepare import PACKAGED_GENOME
 from tests.finetuning.conftest import motif_row, write_splits
-from tests.helpers.launch import environment
+from tests.helpers.launch import environment, killed_at_the_end, rank_environments, start
 from tests.helpers.published import write_dnabert2
+from tests.helpers.warm import WarmProgram
 from tests.test_packaging import ARROWS
 
 # a few steps are enough to see that a command runs; what a reader would wait for is measured elsewhere
 SHORT = ["--max_steps", "2", "--eval_steps", "2", "--disable_tqdm", "True", "--max_batch_tokens", "1024"]
 SHORT_FINETUNING = ["--max_steps", "2", "--disable_tqdm", "True"]
+NUM_BASES = 1_000_000  # of the packaged genome, for a genome of one's own
 SMALL_MODEL = (
     '{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, '
     '"num_hidden_ngram_layers": 1}'
@@ -69,25 +72,36 @@ def pages(root: Path) -> list[Path]:
     return [root / "README.md", *(root / "docs" / name for name in names), root / "CONTRIBUTING.md"]
 
 
-def run(line: str, folder: Path) -> str:
-    """Run one line of a page, shortened, `base` replaced by a small configuration, `hostfile` by this machine."""
+def run(line: str, folder: Path, with_launcher: bool = False) -> str:
+    """Run one line of a page, shortened, `base` replaced by a small configuration, `hostfile` by this machine.
+
+    DeepSpeed's launcher runs if that is asked for, or the line has flags for it.
+    """
     words = line.split()
     if words[0] == "hf":
         download(words, folder)
         return ""
+    if words[:2] == ["dnazen", "gue"]:
+        words += ["--max-steps", "2", "--seeds", "1"]
     if words[0] == "deepspeed":
         words = [*words, *(SHORT_FINETUNING if "dnazen/finetune.py" in words else SHORT)]
+    words = ["small.json" if pair == ("--model", "base") else pair[1] for pair in zip(["", *words], words)]
+    output = folder / "output.txt"
+    output.unlink(missing_ok=True)
+    if words[0] == "dnazen":
+        program = WarmProgram(words, [environment()], output, folder)
+    elif words[0] == "deepspeed" and words[1].endswith(".py") and not with_launcher:
+        program = WarmProgram(words[1:], rank_environments(1, free_port()), output, folder)
+    else:
         words[1:1] = ["--master_port", str(free_port())]
         if "--hostfile" in words:  # this machine may have no ssh server
             words[1:1] = ["--no_ssh_check", "--master_addr", "127.0.0.1"]
-    if words[:2] == ["dnazen", "gue"]:
-        words += ["--max-steps", "2", "--seeds", "1"]
-    words = ["small.json" if pair == ("--model", "base") else pair[1] for pair in zip(["", *words], words)]
-    result = subprocess.run(
-        words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
-    )
-    assert result.returncode == 0, f"{' '.join(words)}\n{result.stdout[-5000:]}"
-    return result.stdout
+        program = start(words, output, folder)
+    with killed_at_the_end(program):
+        status = program.wait(600)
+    text = output.read_text()
+    assert status == 0, f"{' '.join(words)}\n{text[-5000:]}"
+    return text
 
 
 def download(words: list[str], folder: Path) -> None:
@@ -103,8 +117,9 @@ def folder(root, tmp_path):
     """What the commands find around them: the project's own folders and a genome."""
     for name in ("dnazen", "ds_configs"):
         os.symlink(root / name, tmp_path / name)
-    shutil.copy(PACKAGED_GENOME, tmp_path / "my_genome.fa.gz")
     genome = next(read_fasta(PACKAGED_GENOME))
+    part = f">{genome.name}\n{genome.sequence[:NUM_BASES]}\n"
+    (tmp_path / "my_genome.fa.gz").write_bytes(gzip.compress(part.encode()))
     (tmp_path / "sequences.fa").write_text(f">one\n{genome.sequence[:3000]}\n>two\nACGTNNTTGACATATAAT\n")
     (tmp_path / "tata_promoters.csv").write_text(f"sequence,label\n{genome.sequence[4000:4300]},1\n")
     (tmp_path / "variants.vcf").write_text(
@@ -124,6 +139,7 @@ def folder(root, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_every_command_and_line_of_python_runs(root, folder):
     """The README, then the chapters in their order, in one folder; what two pages have in common runs once."""
     done, not_run = set(), {}
@@ -170,7 +186,8 @@ def run_python(text: str, folder: Path) -> str:
 @pytest.mark.slow
 def test_the_main_job_runs_with_no_other_argument(root, folder):
     """What `make pretrain` runs, cut short: the packaged genome, whole, on the tiny model."""
-    output = run("deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json", folder)
+    main_job = "deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json"
+    output = run(main_job, folder, with_launcher=True)
     assert "4,938,920 bases" in output and "DNAZEN tiny: 1.5 M parameters, bf16" in output
     assert (folder / "runs" / "ecoli536_NC_008253" / "tiny" / "report.json").is_file()
 

@@ -2,16 +2,19 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dnazen.environment import free_port
+from tests.helpers.warm import WarmProgram
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "dnazen" / "pretrain.py"
@@ -26,27 +29,21 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PATH": path}
 
 
-def command(
-    processes: int = 1, zero: int | None = None, launcher: str | None = None, script: Path = SCRIPT, **arguments: Any
-) -> list[str]:
-    """The command line: with DeepSpeed if a ZeRO stage is given.
+def command(launcher: str, processes: int, port: int, words: Sequence[object]) -> list[object]:
+    """The command line that starts a script with its arguments by "python", "torchrun" or "deepspeed"."""
+    lines = {
+        "python": [sys.executable],
+        "torchrun": ["torchrun", "--nproc_per_node", processes, "--master_port", port],
+        "deepspeed": ["deepspeed", "--num_gpus", processes, "--master_port", port],
+    }
+    return [*lines[launcher], *words]
 
-    Several processes are `torchrun`'s, unless `launcher` is "deepspeed". One process needs no launcher: what they would
-    tell it is in its environment, and each of theirs takes seconds to start.
-    """
-    port = str(free_port())
-    if launcher == "deepspeed":
-        line = ["deepspeed", "--num_gpus", str(processes), "--master_port", port, str(script)]
-    elif processes > 1:
-        line = ["torchrun", "--nproc_per_node", str(processes), "--master_port", port, str(script)]
-    elif zero is not None:
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        line = ["env", *(f"{name}={value}" for name, value in alone.items()), sys.executable, str(script)]
-    else:
-        line = [sys.executable, str(script)]
-    if zero is not None:
-        line += ["--deepspeed", str(ROOT / "ds_configs" / f"zero{zero}.json")]
-    return line + flags(**arguments)
+
+def rank_environments(processes: int, port: int) -> list[dict[str, str]]:
+    """What each of so many processes finds in its environment when a launcher starts it."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    ranks = map(str, range(processes))
+    return [{**environment(), **meeting, "RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
 
 
 def flags(**arguments: Any) -> list[str]:
@@ -58,57 +55,92 @@ def flags(**arguments: Any) -> list[str]:
     return words
 
 
-def run(expect: int | None = 0, **arguments: Any) -> subprocess.CompletedProcess:
-    """Run to the end; fails with the output if the exit status is not `expect` (None: any but 0)."""
-    line = command(**arguments)
-    result = subprocess.run(
-        line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
-    )
-    remove_shared_memory(line)
-    good = result.returncode != 0 if expect is None else result.returncode == expect
-    assert good, f"{' '.join(line)}: exit status {result.returncode}\n{result.stdout[-6000:]}"
-    return result
+@contextmanager
+def killed_at_the_end(program: WarmProgram | subprocess.Popen) -> Iterator[None]:
+    """What is left of a program at the end of the block, and all that it started, is killed."""
+    try:
+        yield
+    finally:
+        if program.poll() is None:
+            kill_trees(getattr(program, "pids", None) or [program.pid])
+            program.wait(60)
 
 
-def torchrun(script: Path, processes: int, *arguments: object, **variables: str) -> str:
-    """Output of one of the tests' own scripts on so many processes, which may import the tests."""
-    line = ["torchrun", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
-    line += map(str, (script, *arguments))
-    variables = {**environment(), "PYTHONPATH": str(ROOT), **variables}
-    result = subprocess.run(line, env=variables, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
+def start(line: Sequence[object], output: Path, folder: Path | None = None) -> subprocess.Popen:
+    """Start a command, its output in a file."""
+    words = [str(word) for word in line]
+    with output.open("w") as file:
+        return subprocess.Popen(words, cwd=folder, env=environment(), stdout=file, stderr=subprocess.STDOUT)
 
 
-def run_until(path: Path, **arguments: Any) -> None:
-    """Start a run and kill -9 all its processes as soon as `path` exists."""
-    line = command(**arguments)
-    process = subprocess.Popen(
-        line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    deadline = time.monotonic() + 300
-    while not path.exists():
-        assert process.poll() is None, f"ended before {path} appeared:\n{process.stdout.read().decode()[-6000:]}"
-        assert time.monotonic() < deadline, f"{path} never appeared"
-        time.sleep(0.002)
-    kill_tree(process.pid)
-    process.wait()
-    process.stdout.close()
-    remove_shared_memory(line)
+@contextmanager
+def started(
+    output: Path, processes: int = 1, zero: int | None = None, launcher: str | None = None, script: Path = SCRIPT,
+    **arguments: Any,
+) -> Iterator[WarmProgram | subprocess.Popen]:  # fmt: skip
+    """A run, its output in a file; killed, if it is still there at the end of the block.
 
-
-def remove_shared_memory(line: list[str]) -> None:
-    """Delete what a killed run left; each run has a port of its own, so that none would ever be reused."""
-    ports = re.findall(r"(?:--master_port |MASTER_PORT=)(\d+)", " ".join(line))
-    for path in (path for port in ports for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")):
+    Args:
+        processes, zero: how many, and the stage of ZeRO; None is no DeepSpeed.
+        launcher: what starts it, as a user would (see `command`); None is a warm start.
+        arguments: flags of the script.
+    """
+    words = [script, *([] if zero is None else ["--deepspeed", ROOT / "ds_configs" / f"zero{zero}.json"])]
+    words += flags(**arguments)
+    port = free_port()
+    if launcher is None:
+        is_plain = processes == 1 and zero is None
+        ranks = [environment()] if is_plain else rank_environments(processes, port)
+        program = WarmProgram(words, ranks, output)
+    else:
+        program = start(command(launcher, processes, port, words), output)
+    with killed_at_the_end(program):
+        yield program
+    # a killed run leaves it behind, and none would reuse it, for each has a port of its own
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         path.unlink(missing_ok=True)
 
 
-def kill_tree(pid: int) -> None:
-    """SIGKILL a process and its descendants (the launcher starts new sessions)."""
+def run(expect: int | None = 0, **arguments: Any) -> subprocess.CompletedProcess:
+    """Run to the end; fails with the output if the exit status is not `expect` (None: any but 0)."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output.txt"
+        with started(output, **arguments) as program:
+            status = program.wait(600)
+        text = output.read_text()
+    good = status != 0 if expect is None else status == expect
+    assert good, f"{arguments}: exit status {status}\n{text[-6000:]}"
+    return subprocess.CompletedProcess(arguments, status, text)
+
+
+def run_until(path: Path, output: Path, **arguments: Any) -> None:
+    """Start a run and kill -9 all its processes as soon as `path` exists."""
+    with started(output, **arguments) as program:
+        deadline = time.monotonic() + 300
+        while not path.exists():
+            assert program.poll() is None, f"ended before {path} appeared:\n{output.read_text()[-6000:]}"
+            assert time.monotonic() < deadline, f"{path} never appeared"
+            time.sleep(0.002)
+
+
+def run_program(script: Path, processes: int, *arguments: object, **variables: str) -> str:
+    """Output of one of the tests' own scripts on so many processes of a group."""
+    ranks = [{**rank, **variables} for rank in rank_environments(processes, free_port())]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output.txt"
+        program = WarmProgram([script, *arguments], ranks, output)
+        with killed_at_the_end(program):
+            status = program.wait(600)
+        text = output.read_text()
+    assert status == 0, text[-4000:]
+    return text
+
+
+def kill_trees(pids: list[int]) -> None:
+    """SIGKILL processes and their descendants (a launcher starts new sessions)."""
     listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
     parents = [tuple(map(int, line.split())) for line in listing.splitlines()[1:]]
-    victims = [pid]
+    victims = list(pids)
     for victim in victims:
         victims += [child for child, parent in parents if parent == victim]
     for victim in victims:

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # all wait for the compiler
+
 COMPILE = """
 import json
 from dataclasses import asdict
@@ -34,7 +36,6 @@ def of_fusion(compiled) -> dict[str, dict]:
     return kernels
 
 
-@pytest.mark.slow
 def test_no_kernel_spills(compiled):
     assert {name: kernel["spilled"] for name, kernel in compiled.items() if kernel["spilled"]} == {}
     assert all(0 < kernel["registers"] <= 255 for kernel in compiled.values())

@@ -11,7 +11,7 @@ from tests.helpers.launch import flags, run
 STRAIGHT = {
     "plain": {},
     "zero2-1": {"zero": 2, "bf16": True},
-    "zero2-2": {"zero": 2, "processes": 2, "bf16": True, "launcher": "deepspeed"},
+    "zero2-2": {"zero": 2, "processes": 2, "bf16": True},
     "zero3-2": {"zero": 3, "processes": 2},
 }
 

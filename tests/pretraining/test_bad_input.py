@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from dnazen.models import DNAZenForMaskedLM
 from dnazen.pretraining.checkpoint import list_checkpoints
-from tests.helpers.launch import command, environment, run
+from tests.helpers.launch import SCRIPT, environment, flags, run
 
 
 def copy_of(folder, tmp_path):
@@ -21,7 +22,7 @@ def copy_of(folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_is_refused_ends_with_one_line_and_status_1(prepared):
-    output = run(expect=1, corpus=prepared.corpus).stdout
+    output = run(expect=1, launcher="python", corpus=prepared.corpus).stdout
     assert output == "dnazen: error: --corpus and --ngrams belong together: give both, or neither and --fasta\n"
 
 
@@ -147,7 +148,8 @@ def test_full_disk_keeps_the_last_checkpoint(prepared, finished):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1000, largest - 1000))
 
-    result = subprocess.run(command(**arguments), env=environment(), preexec_fn=limit, capture_output=True, text=True)
+    line = [sys.executable, SCRIPT, *flags(**arguments)]
+    result = subprocess.run(line, env=environment(), preexec_fn=limit, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     line = result.stderr.splitlines()[-1]
     assert line.startswith("dnazen: error:") and str(finished / "checkpoint-4") in line

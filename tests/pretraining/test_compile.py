@@ -24,8 +24,8 @@ TOLERANCE = {"rtol": 2e-5, "atol": 1e-6}
     ids=lambda flags: "-".join(f"{name}={value}" for name, value in flags.items()),
 )
 def test_losses_are_those_without_the_flag(prepared, finished_run, tmp_path, flags, monkeypatch):
-    monkeypatch.setenv("TORCH_LOGS", "+dynamo")
-    output = run(**prepared.arguments(), **flags, output_dir=tmp_path).stdout
+    monkeypatch.setenv("TORCH_LOGS", "+dynamo")  # heeded as PyTorch is imported
+    output = run(**prepared.arguments(), **flags, launcher="torchrun", output_dir=tmp_path).stdout
     assert "attention sdpa (flash_attention_4" in output and ": it needs a CUDA device, and this is cpu" in output
     compiled = set(re.findall(r"start compiling \S+ \S*/(\w+\.py)", output))
     assert compiled == ({"encoder.py"} if "torch_compile_backend" in flags else set())

@@ -15,7 +15,7 @@ from tests.helpers.launch import PROGRAMS, log_history, run, steps
 # fp32 sums in another order: about 1e-7 relative per operation, over a few thousand terms of like size
 TOLERANCE = {"rtol": 2e-5, "atol": 1e-6}
 LAYOUTS = {
-    "torchrun-2": {"processes": 2},
+    "torchrun-2": {"processes": 2, "launcher": "torchrun"},
     "zero1-2": {"processes": 2, "zero": 1},
     "zero2-2": {"processes": 2, "zero": 2, "launcher": "deepspeed"},
     "zero3-2": {"processes": 2, "zero": 3},

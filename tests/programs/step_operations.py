@@ -1,4 +1,4 @@
-"""Under torchrun: operations of an optimizer step of the base model in bf16, as JSON: by stage, ours and DeepSpeed's.
+"""On processes of a group: operations of an optimizer step of `base` in bf16, as JSON: by stage, ours and DeepSpeed's.
 
 They depend on the number of parameters, not on their width, which is small here. Views are not counted: they launch
 nothing.

@@ -1,4 +1,4 @@
-"""Under torchrun: optimizer steps of every ZeRO stage, some of them with a gradient that is spoilt on one process.
+"""On processes of a group: optimizer steps of all ZeRO stages, some with a gradient that is spoilt on one process.
 
 Fails where the norm is not DeepSpeed's own, where a step with a spoilt gradient moves a weight, or where a good one
 does not.

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from tests.helpers.launch import PROGRAMS, torchrun
+from tests.helpers.launch import PROGRAMS, run_program
 
 
 def _choose(broken_rank, folder) -> list[dict]:
-    torchrun(PROGRAMS / "choose_attention.py", 2, broken_rank, folder)
+    run_program(PROGRAMS / "choose_attention.py", 2, broken_rank, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.pretraining.deepspeed import separate_steps
 from dnazen.pretraining.training_arguments import PretrainingArguments
-from tests.helpers.launch import PROGRAMS, ROOT, environment, torchrun
+from tests.helpers.launch import PROGRAMS, ROOT, environment, run_program
 
 
 @pytest.mark.slow
@@ -21,13 +21,13 @@ def test_gradient_that_is_not_finite_on_one_process_moves_no_weight(processes):
 
     Good steps have DeepSpeed's norm.
     """
-    assert torchrun(PROGRAMS / "zero_steps.py", processes).count("all as it should be") == processes
+    assert run_program(PROGRAMS / "zero_steps.py", processes).count("all as it should be") == processes
 
 
 @pytest.mark.slow
 def test_operations_of_an_optimizer_step():
     """DeepSpeed's own search and norms take 15 for each of the model's tensors, under ZeRO-3 norms alone."""
-    line = next(line for line in torchrun(PROGRAMS / "step_operations.py", 1).splitlines() if line.startswith("{"))
+    line = next(line for line in run_program(PROGRAMS / "step_operations.py", 1).splitlines() if line.startswith("{"))
     counts = json.loads(line)
     assert all(counts[stage][0] <= 100 < 3000 < counts[stage][1] for stage in ("ZeRO-1", "ZeRO-2")), counts
     assert counts["ZeRO-3"][0] <= 400 < 700 < counts["ZeRO-3"][1], counts
