@@ -14,10 +14,10 @@ class Linear(nn.Linear):
     That is what bf16 is elsewhere too: sums in fp32, rounded once. So is the backward's.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if _CPU_MULTIPLIES_BF16 or not x.is_cpu or dtype != torch.bfloat16:
-            return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+        if _CPU_MULTIPLIES_BF16 or not input.is_cpu or dtype != torch.bfloat16:
+            return super().forward(input)
         with torch.autocast("cpu", enabled=False):
             bias = None if self.bias is None else self.bias.float()
-            return F.linear(x.float(), self.weight.float(), bias).bfloat16()
+            return F.linear(input.float(), self.weight.float(), bias).bfloat16()
