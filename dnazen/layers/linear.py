@@ -15,9 +15,13 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-        if _CPU_MULTIPLIES_BF16 or not input.is_cpu or dtype != torch.bfloat16:
+        if _CPU_MULTIPLIES_BF16 or not input.is_cpu or _product_dtype(input) != torch.bfloat16:
             return super().forward(input)
         with torch.autocast("cpu", enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(input.float(), self.weight.float(), bias).bfloat16()
+
+
+def _product_dtype(input: Tensor) -> torch.dtype:
+    """In which PyTorch would multiply a tensor on a CPU."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype

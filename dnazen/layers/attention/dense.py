@@ -13,6 +13,8 @@ from dnazen.layers.padding import PaddedLayout
 
 # what a call of SDPA costs beside its work: as much as so many pairs of positions
 _PAIRS_OF_A_CALL = 4096
+# rows of a line that is filled up: masks of longer ones, of each sequence its own, would take more memory than states
+_WIDEST_PADDED = 128
 
 # (query, key, value), each [..., heads, head_dim] -> (context of that shape, weights [B, heads, S, S] or None)
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -67,11 +69,14 @@ def eager_attention(cu_seqlens: Tensor, max_seqlen: int, total: int, slopes: Ten
 def _group_by_length(lengths: np.ndarray) -> list[np.ndarray]:
     """Which sequences to attend to in one call each: their indices, ascending, without those of length 0.
 
-    A sequence joins a longer one's group where the padding of its line costs less than a call of its own would.
+    A sequence joins those of its length, and a longer one's group where the padding of its line costs less than a call
+    of its own would.
     """
     groups: list[list[int]] = []
     for index in np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths)].tolist():
-        if groups and lengths[groups[-1][0]] ** 2 - lengths[index] ** 2 <= _PAIRS_OF_A_CALL:
+        length, width = lengths[index], lengths[groups[-1][0]] if groups else 0
+        is_near = width <= _WIDEST_PADDED and width**2 - length**2 <= _PAIRS_OF_A_CALL
+        if width and (width == length or is_near):
             groups[-1].append(index)
         else:
             groups.append([index])
@@ -87,7 +92,8 @@ def sdpa_attention(cu_seqlens: Tensor, max_seqlen: int, total: int, slopes: Tens
     lengths, device = np.diff(bounds), cu_seqlens.device
     bias = None if slopes is None else alibi_bias(slopes, max_seqlen)
     line_starts, num_rows = np.zeros_like(lengths), 0
-    shapes, masks = [], []
+    shapes: list[tuple[int, int]] = []  # of each group: sequences, and rows of a line
+    masks: list[Tensor | None] = []
     for group in _group_by_length(lengths):
         width = int(lengths[group].max())
         mask = None if bias is None else bias[None, :, :width, :width]
