@@ -1,6 +1,8 @@
 # Each target sets up all it needs in a virtual environment, .venv.
 PYTHON ?= python3
-PIP = .venv/bin/pip install --quiet --disable-pip-version-check --prefer-binary --constraint constraints.txt
+PIP = .venv/bin/pip install --quiet --no-compile --disable-pip-version-check --prefer-binary --constraint constraints.txt
+# what pip would do on one core; some package holds a file that is no Python
+COMPILE = .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 
 .PHONY: pretrain test quick lint docs
 pretrain: .venv/installed
@@ -35,12 +37,15 @@ docs: .venv/installed-docs
 	$(PIP) torch
 	$(PIP) setuptools wheel
 	$(PIP) --no-build-isolation --editable .
+	$(COMPILE)
 	touch $@
 
 .venv/installed-test: .venv/installed
 	$(PIP) --no-build-isolation --editable '.[test]'
+	$(COMPILE)
 	touch $@
 
 .venv/installed-docs: .venv/installed
 	$(PIP) --no-build-isolation --editable '.[docs]'
+	$(COMPILE)
 	touch $@

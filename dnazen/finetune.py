@@ -9,9 +9,10 @@ from pathlib import Path
 # the launcher puts this folder first on the path, where `data`, `models`, ... would shadow other packages
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from dnazen.environment import grow_memory_segments, report_interrupt  # noqa: E402
+from dnazen.environment import grow_memory_segments, let_idle_threads_sleep, report_interrupt  # noqa: E402
 
 grow_memory_segments()
+let_idle_threads_sleep()
 
 try:
     from dnazen.finetuning.run import main

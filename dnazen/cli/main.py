@@ -25,7 +25,7 @@ from dnazen.cli import (
     training,
     variants,
 )
-from dnazen.environment import report_interrupt
+from dnazen.environment import let_idle_threads_sleep, report_interrupt
 from dnazen.files import InputError, require_new_directory, require_new_file
 
 # in the order of their use
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 after Ctrl-C. `dnazen doctor` also returns 1 when something that it looks at is not in order.
     """
     args = vars(parse_arguments(sys.argv[1:] if argv is None else argv))
+    let_idle_threads_sleep()
     run, output = args.pop("run"), args.get("output_dir", args.get("output"))
     logging.basicConfig(format="dnazen: %(levelname)s: %(message)s", stream=sys.stderr)
     start = time.perf_counter()

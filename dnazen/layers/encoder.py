@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dnazen.layers.attention import Attention, FusedSelfAttention, SelfAttention
 from dnazen.layers.fusion import AddNorm, ResidualLayerNorm
+from dnazen.layers.linear import Linear
 
 
 class Embeddings(nn.Module):
@@ -32,7 +33,7 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.distances = [d for d in range(-neighbor_window, neighbor_window + 1) if d]
         if self.distances:
-            matrices = (nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in self.distances)
+            matrices = (Linear(config.hidden_size, config.hidden_size, bias=False) for _ in self.distances)
             self.neighbor_layers = nn.ModuleList(matrices)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -58,7 +59,7 @@ class ResidualOutput(nn.Module):
 
     def __init__(self, config, in_features: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.dense = Linear(in_features, config.hidden_size)
         self.LayerNorm = ResidualLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -84,8 +85,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config) -> None:
         super().__init__()
-        self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.gated_layers = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.wo = Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layernorm = ResidualLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -116,7 +117,7 @@ class NgramLayer(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
         self.attention = AttentionBlock(config, SelfAttention)
-        dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        dense = Linear(config.hidden_size, config.intermediate_size)
         self.intermediate = nn.Sequential(OrderedDict(dense=dense, activation=nn.GELU()))
         self.output = ResidualOutput(config, config.intermediate_size)
 

@@ -39,6 +39,7 @@ from dnazen.layers.attention import (
 from dnazen.layers.compilation import compile_dynamic
 from dnazen.layers.encoder import Embeddings, FusedEncoder, GatedMLP, ResidualOutput
 from dnazen.layers.fusion import packed_add_norm, padded_add_norm
+from dnazen.layers.linear import Linear
 from dnazen.layers.padding import PackedBatch, PaddedLayout, dense_matching_matrix
 from dnazen.models.configuration_dnazen import DNAZenConfig
 from dnazen.models.inputs import ModelInputs, check_shape, prepare_batch, takes_model_inputs
@@ -49,16 +50,16 @@ from dnazen_kernels.ngram_masking import IGNORE_INDEX
 
 def _mlm_head(config: DNAZenConfig) -> nn.Sequential:
     """Dense, GELU, LayerNorm, and a decoder whose weight is that of the word embeddings."""
-    dense = nn.Linear(config.hidden_size, config.hidden_size)
+    dense = Linear(config.hidden_size, config.hidden_size)
     norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
     transform = nn.Sequential(OrderedDict(dense=dense, activation=nn.GELU(), LayerNorm=norm))
-    decoder = nn.Linear(config.hidden_size, config.vocab_size)
+    decoder = Linear(config.hidden_size, config.vocab_size)
     return nn.Sequential(OrderedDict(transform=transform, decoder=decoder))
 
 
 def _pooler(config: DNAZenConfig) -> nn.Sequential:
     """Dense and tanh, for the first token's states."""
-    dense = nn.Linear(config.hidden_size, config.hidden_size)
+    dense = Linear(config.hidden_size, config.hidden_size)
     return nn.Sequential(OrderedDict(dense=dense, activation=nn.Tanh()))
 
 
@@ -241,7 +242,7 @@ class DNAZenWithHead(DNAZenPreTrainedModel):
         """Drop-out, and a linear layer to `num_labels`."""
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
+        self.classifier = Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
 
     @can_return_tuple
     @takes_model_inputs

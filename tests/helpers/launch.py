@@ -19,7 +19,7 @@ from tests.helpers.warm import WarmProgram
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "dnazen" / "pretrain.py"
 PROGRAMS = ROOT / "tests" / "programs"
-SET_BY_US = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTORCH_ALLOC_CONF"}
+SET_BY_US = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTORCH_ALLOC_CONF", "OMP_WAIT_POLICY"}
 
 
 def environment() -> dict[str, str]:

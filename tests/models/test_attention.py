@@ -76,6 +76,35 @@ def test_sdpa_equals_eager(lengths, with_alibi):
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "calls"),
+    [
+        ([9, 3, 0, 17, 3, 20] * 5, 1),  # as in fine-tuning
+        ([500, 400, 401, 500, 30], 4),  # as in pretraining
+        ([130, 129, 128, 127, 112, 50], 4),
+        ([64], 1),
+        ([600] * 3 + [1] * 200 + [90], 3),
+    ],
+)
+def test_sdpa_calls_once_for_sequences_of_about_equal_length(lengths, calls, monkeypatch):
+    attention, batches = torch.nn.functional.scaled_dot_product_attention, []
+    record = lambda query, *args, **kwargs: batches.append(query.shape) or attention(query, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    cu_seqlens, longest, total, (*states, _) = _inputs(lengths)
+    found, _ = packed_attention("sdpa", cu_seqlens, longest, total, alibi_slopes(3))(*states)
+    assert len(batches) == calls
+    # padding is never more work than a call is worth, for each line
+    assert sum(count * width**2 for count, _, width, _ in batches) <= sum(n**2 + 4096 for n in lengths)
+    alone = [
+        packed_attention("sdpa", torch.tensor([0, end - start], dtype=torch.int32), end - start, end - start, slopes)(
+            *(x[start:end] for x in states)
+        )[0]
+        for slopes in [alibi_slopes(3)]
+        for start, end in itertools.pairwise(cu_seqlens.tolist())
+    ]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("with_alibi", [True, False])

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from dnazen.layers.attention.dense import Attention
+from dnazen.layers.linear import Linear
 
 
 class FusedSelfAttention(nn.Module):
@@ -11,7 +12,7 @@ class FusedSelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.Wqkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.Wqkv = Linear(hidden_size, 3 * hidden_size)
 
     def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
         query, key, value = self.Wqkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
@@ -25,9 +26,9 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.Linear(hidden_size, hidden_size)
-        self.value = nn.Linear(hidden_size, hidden_size)
+        self.query = Linear(hidden_size, hidden_size)
+        self.key = Linear(hidden_size, hidden_size)
+        self.value = Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
         query, key, value = (

@@ -11,7 +11,7 @@ import psutil
 
 from dnazen.data.corpus import Corpus
 from dnazen.defaults import BENCH_SECONDS, MODEL_SIZE
-from dnazen.environment import grow_memory_segments
+from dnazen.environment import grow_memory_segments, let_idle_threads_sleep
 from dnazen.files import InputError, atomic_directory, read_json, write_json
 from dnazen.models import DNAZenConfig
 from dnazen.models.modeling_dnazen import BACKENDS
@@ -68,7 +68,9 @@ def bench(
     load_ngrams(ngrams, Corpus.open(corpus))
     max_batch_tokens = max_batch_tokens or RECIPES.get(model, RECIPES["base"]).max_batch_tokens
     precision = precision or "bf16"
-    grow_memory_segments()  # of the processes that are measured, which inherit it
+    # of the processes that are measured, which inherit it
+    grow_memory_segments()
+    let_idle_threads_sleep()
     rows, failed = [], {}
     with atomic_directory(output_dir) as folder:
         for name in ["auto", *(impl or [])]:
