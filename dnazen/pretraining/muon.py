@@ -96,7 +96,7 @@ class MuonAdamW(torch.optim.AdamW):
                 state["exp_avg"] = torch.zeros_like(parameter)
             state["step"] += 1
             state["exp_avg"].lerp_(parameter.grad, 1 - MOMENTUM)
-            updates.append(parameter.grad.lerp(state["exp_avg"], MOMENTUM))  # Nesterov's
+            updates.append(parameter.grad.lerp_(state["exp_avg"], MOMENTUM))  # Nesterov's, in the gradient's place
         matrices = self._matrices[group["number"]]
         if parameters[0] is matrices[0]:
             pieces = {index: _Piece(update.view(-1), 0) for index, update in enumerate(updates)}
@@ -115,10 +115,10 @@ class MuonAdamW(torch.optim.AdamW):
             for first in range(0, len(indices), count):
                 chosen = indices[first : first + count]
                 stacked = torch.cat([wholes[index].view(shape) for index in chosen])
-                orthogonal = orthogonalize(stacked).reshape(len(chosen), -1)
-                for index, update in zip(chosen, orthogonal):
+                orthogonal = orthogonalize(stacked).float().mul(scale).reshape(len(chosen), -1)
+                for index, whole in zip(chosen, orthogonal):
                     piece = pieces[index]
-                    piece.update.copy_(update[piece.start : piece.start + len(piece.update)]).mul_(scale)
+                    piece.update.copy_(whole[piece.start : piece.start + len(piece.update)])
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
