@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers import HfArgumentParser
 
-from benchmarks import attention, budget, carry, gpu, gpu_page, registry, rehearsal, roofline, run
+from benchmarks import attention, budget, carry, gpu, gpu_page, recipe, registry, rehearsal, roofline, run
 from benchmarks.batches import Genome, make_batch, ngrams_of
 from benchmarks.registry import MODES, OPERATORS, Sizes
 from dnazen.cli.main import parse_arguments
@@ -141,6 +141,27 @@ def test_rows_have_every_column_and_go_to_their_device(batch, tmp_path, monkeypa
         assert [float(row[f"p{p}_ms"]) for p in (20, 50, 80)] == sorted(float(row[f"p{p}_ms"]) for p in (20, 50, 80))
         assert row["impl"] != "plain Python" or row["ratio_to_baseline"] == "1"
         assert len(row["commit"]) == 40 and row["dirty"] in ("True", "False")
+
+
+def test_tokens_to_the_recipes_loss():
+    """Falls at a step that is evaluated, between two, before the first; rises again; never falls so far."""
+    evaluations = [(10, 5.0), (20, 4.0), (30, 4.5), (40, 3.0)]
+    expected = {5.5: 10, 5.0: 10, 4.75: 12.5, 4.0: 20, 3.75: 35, 3.0: 40, 2.9: None}
+    assert {target: recipe.fall_to(target, evaluations) for target in expected} == expected
+    runs = {
+        recipe.PRESENT: [[(50, 4.0), (100, 3.0)], [(50, 3.0), (100, 2.0)]],  # the target is 2.5
+        "Muon": [[(50, 2.5), (100, 2.0)], [(50, 3.0), (100, 2.0)]],  # reached at steps 50 and 75 of 100
+        "drop-out 0.1": [[(50, 2.5), (100, 2.4)], [(50, 3.0), (100, 2.6)]],  # one run does not reach it
+    }
+    rows = [
+        {"lever": lever, "rate": 0.1, "steps": 100, "tokens": 1000, "seconds": 600, "evaluations": evaluations}
+        for lever, of_lever in runs.items()
+        for evaluations in of_lever
+    ]
+    target, compared = recipe.compare(rows)
+    assert target == 2.5
+    found = {row["lever"]: (row["loss"], row["tokens_to_target"], row["minutes_to_target"]) for row in compared}
+    assert found == {recipe.PRESENT: (2.5, None, None), "Muon": (2.0, 625, 6.25), "drop-out 0.1": (2.5, None, None)}
 
 
 def test_without_a_gpu_the_fusion_is_left_out(monkeypatch, capsys):

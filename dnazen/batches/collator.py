@@ -25,6 +25,7 @@ class Masking(NamedTuple):
         seed: with the epoch and the sequence, decides every draw.
         mask_share, random_share: of the masked tokens, how many are shown as [MASK] (hidden), and as a random token;
             the rest are shown as they are.
+        mlm_probability_end: the chance at the end of a run, over which it changes linearly; None: it does not.
     """
 
     mlm_probability: float
@@ -32,6 +33,12 @@ class Masking(NamedTuple):
     seed: int
     mask_share: float = MASK_SHARE
     random_share: float = RANDOM_SHARE
+    mlm_probability_end: float | None = None
+
+    def probability_at(self, progress: float) -> float:
+        """The chance of a token to be drawn when a share of a run's steps is done."""
+        change = 0.0 if self.mlm_probability_end is None else self.mlm_probability_end - self.mlm_probability
+        return self.mlm_probability + change * min(progress, 1.0)
 
 
 def masking_uniforms(seed: int, epoch: int, sequence: int, length: int) -> np.ndarray:
@@ -89,25 +96,27 @@ class PackedCollator:
         return moved
 
     def __call__(
-        self, sequences: list[np.ndarray], sequence_ids: np.ndarray | None = None, epoch: int = 0
+        self, sequences: list[np.ndarray], sequence_ids: np.ndarray | None = None, epoch: int = 0, progress: float = 0.0
     ) -> dict[str, torch.Tensor | int]:
         """All three steps; see `pack` for the arguments and `trim` for the result.
 
         G-grams cut by the vocabulary's cap are counted in `num_dropped`.
         """
-        untrimmed, counts = self.match_and_mask(**self.pack(sequences, sequence_ids, epoch))
+        untrimmed, counts = self.match_and_mask(**self.pack(sequences, sequence_ids, epoch, progress))
         counts = BatchCounts(*counts.tolist())
         self.num_dropped = counts.dropped
         return self.trim(untrimmed, counts)
 
     def pack(
-        self, sequences: list[np.ndarray], sequence_ids: np.ndarray | None = None, epoch: int = 0
-    ) -> dict[str, torch.Tensor | int]:
+        self, sequences: list[np.ndarray], sequence_ids: np.ndarray | None = None, epoch: int = 0, progress: float = 0.0
+    ) -> dict[str, Any]:
         """Pack `sequences` (token ids without special tokens); `sequence_ids` and `epoch` key the masking.
+
+        `progress` is the share of the run's steps that are done.
 
         Returns:
             `input_ids [T]`, `cu_seqlens [B+1]`, `max_seqlen`, and, if masking, `maskable [T]`, False at special tokens,
-            and `random [T, 3]`.
+            `random [T, 3]`, and `mlm_probability`.
         """
         lengths = np.array([len(sequence) + SPECIAL_TOKENS_PER_SEQUENCE for sequence in sequences], dtype=np.int64)
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -126,6 +135,7 @@ class PackedCollator:
             ]
             packed["maskable"] = torch.from_numpy(maskable)
             packed["random"] = torch.from_numpy(np.concatenate(random))
+            packed["mlm_probability"] = self.masking.probability_at(progress)
         return packed
 
     def match_and_mask(
@@ -135,6 +145,7 @@ class PackedCollator:
         max_seqlen: int,
         maskable: torch.Tensor | None = None,
         random: torch.Tensor | None = None,
+        mlm_probability: float = 0.0,
         *,
         capacity: tuple[int, int] | None = None,
         impl: str = "auto",
@@ -159,7 +170,7 @@ class PackedCollator:
                 maskable=maskable,
                 random=random,
                 **batch,
-                mlm_probability=self.masking.mlm_probability,
+                mlm_probability=mlm_probability,
                 mask_token_id=self.mask_token_id,
                 maskable_ids=self.maskable_ids,
                 whole_ngram=self.masking.whole_ngram,
@@ -227,8 +238,9 @@ class PackedDataset(Dataset):
     def __getitem__(self, micro_batch: MicroBatch) -> tuple[dict[str, torch.Tensor | int], int]:
         sequences = [self.split[index] for index in micro_batch.sequences]
         if not self.match:
-            return self.collator.pack(sequences, micro_batch.sequences, micro_batch.epoch), 0
-        return self.collator(sequences, micro_batch.sequences, micro_batch.epoch), self.collator.num_dropped
+            return self.collator.pack(sequences, micro_batch.sequences, micro_batch.epoch, micro_batch.progress), 0
+        batch = self.collator(sequences, micro_batch.sequences, micro_batch.epoch, micro_batch.progress)
+        return batch, self.collator.num_dropped
 
 
 def calibrate_mlm_probability(dataset: PackedDataset, target: float, max_tokens: int = 200_000) -> float:

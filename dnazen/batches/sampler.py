@@ -5,6 +5,7 @@ process takes every `world_size`-th of them. A position in the data is therefore
 micro-batches that all processes together have consumed, and it means the same on one process and on a hundred.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,10 +18,14 @@ SPECIAL_TOKENS_PER_SEQUENCE = 2  # [CLS] and [SEP]
 
 
 class MicroBatch(NamedTuple):
-    """Sequences of one epoch that are packed together; `sequences` are indices into a split of the corpus."""
+    """Sequences of one epoch that are packed together; `sequences` are indices into a split of the corpus.
+
+    `progress` is the share of the run's steps that are done before it.
+    """
 
     epoch: int
     sequences: np.ndarray
+    progress: float = 0.0
 
 
 def epoch_order(num_sequences: int, seed: int, epoch: int) -> np.ndarray:
@@ -69,6 +74,15 @@ class MicroBatchSampler(Sampler[MicroBatch]):
         self.lengths, self.max_batch_tokens, self.seed = lengths, max_batch_tokens, seed
         self.start, self.rank, self.world_size = start, rank, world_size
         self._ends: list[int] = []  # micro-batches up to the end of each epoch
+        self._steps: tuple[int, int, float] = 0, 1, math.inf
+
+    def set_steps(self, first: int, micro_batches: int, total: int) -> None:
+        """Say which steps take the micro-batches: `start` is in step `first` of `total`, and each takes so many."""
+        self._steps = first, micro_batches, total
+
+    def _progress_at(self, position: int) -> float:
+        first, micro_batches, total = self._steps
+        return (first + (position - self.start) // micro_batches) / total
 
     def micro_batches(self, epoch: int) -> list[np.ndarray]:
         """All micro-batches of one epoch, in order."""
@@ -97,6 +111,6 @@ class MicroBatchSampler(Sampler[MicroBatch]):
             runs = self.micro_batches(epoch)
             begin = self.end_of_epoch(epoch) - len(runs)
             while position - begin < len(runs):
-                yield MicroBatch(epoch, runs[position - begin])
+                yield MicroBatch(epoch, runs[position - begin], self._progress_at(position))
                 position += self.world_size
             epoch += 1

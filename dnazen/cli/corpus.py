@@ -19,6 +19,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--tokenizer", required=True, metavar="DIR", help=text)
     text = "tokens of a sequence, at most (%(default)s)"
     command.add_argument("--max-tokens", type=int, default=defaults.MAX_TOKENS, metavar="N", help=text)
+    text = "bases of a piece, or auto: as many as fill its tokens (4 for each of --max-tokens)"
+    command.add_argument("--piece-length", type=read_piece_length, metavar="N|auto", help=text)
     text = "drop sequences of fewer bases (%(default)s)"
     command.add_argument("--min-length", type=int, default=defaults.MIN_LENGTH, metavar="BASES", help=text)
     text = "add the reverse complement of every sequence"
@@ -45,6 +47,11 @@ def run(fasta: list[str] | None, fasta_list: str | None, tokenizer: str, output_
     from dnazen.data.tokenizer import load_tokenizer
 
     print(summarize(build_corpus(paths, load_tokenizer(tokenizer), output_dir, **parameters)))
+
+
+def read_piece_length(text: str) -> int | str:
+    """A number of bases, or `auto`."""
+    return text if text == "auto" else int(text)
 
 
 def read_list(path: str) -> list[str]:

@@ -58,6 +58,10 @@ class DataArguments:
     mlm_probability: float | None = field(
         default=None, metadata={"help": "chance of a token to be drawn for masking; default: 0.15, 0.4 for tiny"}
     )
+    mlm_probability_end: float | None = field(
+        default=None,
+        metadata={"help": "what --mlm-probability has become at the run's end, step by step; default: the same"},
+    )
     mask_share: float | None = field(
         default=None,
         metadata={
@@ -120,8 +124,10 @@ class DataArguments:
         for name, default in RECIPES.get(self.model, RECIPES["base"])._asdict().items():
             if getattr(self, name, default) is None:
                 setattr(self, name, default)
-        if not 0 < self.mlm_probability < 1:
-            raise InputError(f"--mlm-probability must lie between 0 and 1, got {self.mlm_probability}")
+        for name in ("mlm_probability", "mlm_probability_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise InputError(f"{flag(name)} must lie between 0 and 1, got {value}")
         if not 0 < self.mask_share <= 1:
             raise InputError(f"--mask-share must be above 0 and at most 1, got {self.mask_share}")
         if not 0 < self.residual_learning_rate < math.inf:

@@ -14,12 +14,15 @@ def build_datasets(
 ) -> tuple[PackedDataset, PackedDataset, Masking]:
     """Training and held-out split, packed and masked, and the masking that training uses."""
     shares = data_args.mask_share, (1 - data_args.mask_share) / 2
-    masking = Masking(data_args.mlm_probability, data_args.whole_ngram_masking, seed, *shares)
+    end = data_args.mlm_probability_end
+    masking = Masking(data_args.mlm_probability, data_args.whole_ngram_masking, seed, *shares, end)
     collator = PackedCollator(corpus.tokenizer, vocabulary, masking, data_args.use_ngrams)
     train_dataset = PackedDataset(corpus.train, collator)
     if data_args.mask_target == "effective":
-        drawn = calibrate_mlm_probability(train_dataset, data_args.mlm_probability)
-        collator.masking = masking = masking._replace(mlm_probability=drawn)
+        # at both ends: the masked share is nearly linear in what is drawn, so that between them it is right too
+        drawn = calibrate_mlm_probability(train_dataset, masking.mlm_probability)
+        drawn_end = end and calibrate_mlm_probability(train_dataset, end)
+        collator.masking = masking = masking._replace(mlm_probability=drawn, mlm_probability_end=drawn_end)
     held_out = PackedCollator(corpus.tokenizer, vocabulary, HELD_OUT_MASKING, data_args.use_ngrams)
     return train_dataset, PackedDataset(corpus.validation, held_out), masking
 

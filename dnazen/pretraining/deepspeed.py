@@ -31,7 +31,7 @@ def convert_to_universal(checkpoint: Path) -> None:
     tag = (checkpoint / "latest").read_text().strip()
     target = checkpoint / f"{tag}_universal"
     shutil.rmtree(target, ignore_errors=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", "dnazen.pretraining.universal", "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint / tag), "--output_folder", str(target)]
     # the launcher's variables would make the converter join this run's process group
     environment = {
@@ -47,14 +47,19 @@ def load_universal(settings: dict[str, Any]) -> None:
     settings.setdefault("checkpoint", {})["load_universal"] = True
 
 
-def restore_groups(optimizer: torch.optim.Optimizer, weight_decays: list[float], rates: list[float]) -> None:
-    """Give each parameter group its weight decay and learning rate back after a universal checkpoint was loaded.
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """All that each parameter group says beside its parameters."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def restore_groups(optimizer: torch.optim.Optimizer, settings: list[dict[str, Any]], rates: list[float]) -> None:
+    """Give each parameter group its settings and learning rate back after a universal checkpoint was loaded.
 
     DeepSpeed loads the first group's settings into every group: biases and norms would decay too, and all learn at one
     rate.
     """
-    for group, weight_decay, rate in zip(optimizer.param_groups, weight_decays, rates, strict=True):
-        group["weight_decay"], group["lr"] = weight_decay, rate
+    for group, own, rate in zip(optimizer.param_groups, settings, rates, strict=True):
+        group |= own | {"lr": rate}
 
 
 def separate_steps(optimizer: torch.optim.Optimizer) -> None:

@@ -21,8 +21,8 @@ from dnazen.pretraining.training_arguments import REFUSED, PretrainingArguments
 RUNTIME_KEYS = ("impl", "attn_implementation", "transformers_version", "dtype", "architectures", "_name_or_path")
 # a resumed optimizer keeps the values it was saved with, so others are refused rather than ignored
 OPTIMIZER_KEYS = (
-    "optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm",
+    "optim", "learning_rate", "muon_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
 )  # fmt: skip
 
 
@@ -42,7 +42,8 @@ def build_fingerprint(
         "ngrams": vocabulary.checksum,
         "max_ngrams": vocabulary.max_ngrams,
         "use_ngrams": data_args.use_ngrams,
-        "masking": masking,
+        "masking": masking[:-1],
+        "mlm_probability_end": masking.mlm_probability_end,
         "max_batch_tokens": data_args.max_batch_tokens,
         "seed": args.seed,
         "init_from": initial and initial.checksum,

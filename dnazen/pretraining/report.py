@@ -46,13 +46,18 @@ def describe(
         f"{len(corpus.validation):,} held out; {len(vocabulary.ngrams):,} G-grams",
         f"training: {args.max_steps:,} steps of {trainer.micro_batches_per_step} micro-batch(es) of up to "
         f"{data_args.max_batch_tokens:,} tokens; {'whole G-grams' if masking.whole_ngram else 'single tokens'} masked, "
-        f"{100 * masking.mlm_probability:.1f} % of tokens drawn, {100 * masking.mask_share:.0f} % of the masked hidden",
+        f"{_describe_rate(masking)} of tokens drawn, {100 * masking.mask_share:.0f} % of the masked hidden",
         f"output: {args.output_dir}" + (f", resuming from {checkpoint.path.name}" if checkpoint else ""),
     ]
     if manifest is not None:
         lines += [f"changed: {text}" for text in list_differences(manifest["schedule"], trainer.schedule())]
         lines += ["nothing is left to train"] * (manifest["step"] >= args.max_steps)
     return "\n".join(lines)
+
+
+def _describe_rate(masking: Masking) -> str:
+    start, end = masking.mlm_probability, masking.mlm_probability_end
+    return f"{100 * start:.1f} %" + (f" at first and {100 * end:.1f} % at last" if end is not None else "")
 
 
 def _describe_others(attention: Selection) -> str:

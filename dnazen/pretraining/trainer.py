@@ -11,13 +11,15 @@ import torch
 from accelerate.utils import DynamoBackend
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import SchedulerType
 
 from dnazen.batches.collator import PackedDataset, move_batch
 from dnazen.batches.sampler import MicroBatchSampler
 from dnazen.evaluation.held_out import choose_sequences, evaluation_batches, score_logits
 from dnazen.evaluation.targets import Spelling
+from dnazen.files import InputError
 from dnazen.ngram.vocab import NgramVocabulary
 from dnazen.pretraining.checkpoint import (
     FINGERPRINT_KEY,
@@ -29,20 +31,58 @@ from dnazen.pretraining.checkpoint import (
 )
 from dnazen.pretraining.deepspeed import (
     convert_to_universal,
+    group_settings,
     load_universal,
     pickle_stages_by_value,
     restore_groups,
     separate_steps,
 )
 from dnazen.pretraining.meter import Meter, sum_over_processes
+from dnazen.pretraining.muon import MuonAdamW, count_parts
 from dnazen.pretraining.prefetch import Prefetcher
 from dnazen.pretraining.start import is_residual_output
+from dnazen.pretraining.training_arguments import ADAMW, MUON, PretrainingArguments
 from dnazen.training.gradients import NormAtOnce
 from dnazen_kernels._runtime import resolve_impl
 
 Batch = dict[str, torch.Tensor | int]
+DECAY_SHARE = 0.2  # of the steps, in the schedule `warmup_stable_decay`
 # what a checkpoint says of a run, before its first step
 _BEGINNING = {"step": 0, "position": 0, "totals": (0, 0, 0, 0), "train_seconds": 0.0}
+
+
+def _set_apart(
+    optimizer: torch.optim.Optimizer, chosen: set[int], rate: float, parts: dict[int, int] | None = None
+) -> None:
+    """Move the parameters with these ids from each group to one of its own, with a share of its rate.
+
+    Args:
+        parts: by id, the number of matrices in a parameter, which makes the new groups Muon's.
+    """
+    for group in list(optimizer.param_groups):
+        apart = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+        if apart:
+            muons = {"parts": [parts[id(parameter)] for parameter in apart]} if parts else {}
+            optimizer.add_param_group({**group, **muons, "params": apart, "lr": group["lr"] * rate})
+    # DeepSpeed would leave them out, and then there would be fewer than were made
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def _add_decay(args: PretrainingArguments) -> dict[str, Any]:
+    """The arguments of the schedule `warmup_stable_decay`, with the steps of its decay if they are not given.
+
+    Raises:
+        InputError: warm-up and decay together take more steps than there are.
+    """
+    given = {"num_decay_steps": math.ceil(DECAY_SHARE * args.max_steps)} | (args.lr_scheduler_kwargs or {})
+    warmup, decay = args.get_warmup_steps(args.max_steps), given["num_decay_steps"]
+    if warmup + decay > args.max_steps:
+        raise InputError(
+            f"--lr-scheduler-type {args.lr_scheduler_type.value}: expected at most {args.max_steps} steps, found "
+            f"{warmup} of warm-up and {decay} of decay"
+        )
+    return given
 
 
 class FinishWhole(TrainerCallback):
@@ -76,13 +116,13 @@ class PretrainingTrainer(Trainer):
         **kwargs: Trainer's own arguments.
 
     Raises:
-        InputError: the checkpoint belongs to another run.
+        InputError: the checkpoint belongs to another run, or the schedule has more steps than the run.
     """
 
     def __init__(
         self,
         *,
-        args: TrainingArguments,
+        args: PretrainingArguments,
         train_dataset: PackedDataset,
         eval_dataset: PackedDataset,
         vocabulary: NgramVocabulary,
@@ -111,6 +151,13 @@ class PretrainingTrainer(Trainer):
         args = copy.copy(args)
         if args.max_steps <= 0:
             args.max_steps = self._steps_of(args.num_train_epochs)
+        self.sampler.set_steps(self.resumed_step, self.micro_batches_per_step, args.max_steps)
+        if args.optim == MUON:
+            adamw = copy.copy(args)
+            adamw.optim = ADAMW
+            kwargs["optimizer_cls_and_kwargs"] = MuonAdamW, Trainer.get_optimizer_cls_and_kwargs(adamw)[1]
+        if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            args.lr_scheduler_kwargs = _add_decay(args)
         # our sampler starts at the checkpoint's position, so Trainer must not skip batches by itself
         args.ignore_data_skip = True
         super().__init__(args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
@@ -280,23 +327,26 @@ class PretrainingTrainer(Trainer):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Hugging Face's groups, with weight decay and without; of each, the ways out of the sub-layers apart."""
+        """Hugging Face's groups, with weight decay and without; of each, apart, what has another rate or optimizer."""
         is_new = self.optimizer is None  # Trainer calls this twice under DeepSpeed
         optimizer = super().create_optimizer(model)
-        if is_new and self.residual_learning_rate != 1:
-            residual = {id(p) for name, p in self.model.named_parameters() if is_residual_output(name)}
-            for group in list(optimizer.param_groups):
-                apart = [parameter for parameter in group["params"] if id(parameter) in residual]
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in residual]
-                rate = group["lr"] * self.residual_learning_rate
-                optimizer.add_param_group({**group, "params": apart, "lr": rate})
-        self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
+        if is_new:
+            named = dict(self.model.named_parameters())
+            residual = {id(parameter) for name, parameter in named.items() if is_residual_output(name)}
+            parts = {id(parameter): count_parts(name, parameter) for name, parameter in named.items()}
+            if self.residual_learning_rate != 1:
+                _set_apart(optimizer, residual, self.residual_learning_rate)
+            if self.args.optim == MUON:
+                own = self.args.muon_learning_rate
+                rate = 1.0 if own is None else own / self.args.learning_rate
+                _set_apart(optimizer, {key for key, count in parts.items() if count}, rate, parts)
+        self._group_settings = group_settings(optimizer)
         return optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._loads_universal:
-            restore_groups(self.optimizer, self._weight_decays, self.lr_scheduler.get_last_lr())
+            restore_groups(self.optimizer, self._group_settings, self.lr_scheduler.get_last_lr())
             separate_steps(self.model_wrapped.optimizer.optimizer)
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -3,8 +3,10 @@
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from accelerate.utils import HfDeepSpeedConfig
 from transformers import TrainingArguments
 
 from dnazen.files import InputError
@@ -12,6 +14,7 @@ from dnazen.training.command_line import described
 from dnazen.training.configurations import find_configuration
 from dnazen.training.script import flag, refuse_flags, require_one_device, require_reporters
 
+ADAMW, MUON = "adamw_torch_fused", "muon"
 _PACKED = "has no effect: batches are packed by tokens; use --max-batch-tokens"
 _ORDER = "has no effect: the order of the data depends on --seed alone"
 _UNSUPPORTED = "is not supported in pretraining"
@@ -50,6 +53,11 @@ class PretrainingArguments(TrainingArguments):
 
     output_dir: str | None = described(None, "where the run writes; default: WORK_DIR/NAME/MODEL")
     learning_rate: float = described(5e-4, "highest rate; default: by model size")
+    optim: str = described(
+        ADAMW, f"optimizer: {MUON} for the matrices of the layers (without DeepSpeed, or under ZeRO-1 or 2), or one of "
+        "Hugging Face's, for all weights"
+    )  # fmt: skip
+    muon_learning_rate: float | None = described(None, "highest rate of Muon's; default: that of --learning-rate")
     weight_decay: float = described(0.01, "of all weights but biases and norms")
     adam_beta2: float = described(0.98, "of Adam")
     adam_epsilon: float = described(1e-6, "of Adam")
@@ -79,11 +87,17 @@ class PretrainingArguments(TrainingArguments):
             InputError: names the flag that would have no effect, is not supported or out of range.
         """
         refuse_flags(values, REFUSED, cls)
-        find_configuration(values.deepspeed)
+        deepspeed = find_configuration(values.deepspeed)
+        if values.optim == MUON and deepspeed:
+            _require_whole_matrices(deepspeed)
         for name in ("logging_strategy", "eval_strategy", "save_strategy"):
             found = getattr(values, name)
             if found not in ("no", "steps"):
                 raise InputError(f"{flag(name)} must be no or steps, for the data has no end, got {found}")
+        if values.muon_learning_rate is not None and not (values.optim == MUON and values.muon_learning_rate > 0):
+            raise InputError(
+                f"--muon-learning-rate must be above 0 and go with --optim {MUON}, got {values.muon_learning_rate}"
+            )
         if values.seed < 0:
             raise InputError(f"--seed must be at least 0, got {values.seed}")
         require_reporters(values.report_to)
@@ -92,11 +106,27 @@ class PretrainingArguments(TrainingArguments):
         self.refuse(self)
         self.deepspeed = find_configuration(self.deepspeed)
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        uses_muon = self.optim == MUON
+        if uses_muon:
+            self.optim = ADAMW  # Hugging Face knows no other name for it
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         super().__post_init__()
+        if uses_muon:
+            self.optim = MUON
         if self.torch_compile and self.deepspeed and self.hf_deepspeed_config.is_zero3():
             raise InputError(
                 "--torch-compile does not go with ZeRO-3, whose hooks around every layer cannot be compiled: use ZeRO-2"
             )
         require_one_device(self)
+
+
+def _require_whole_matrices(deepspeed: Any) -> None:
+    zero = HfDeepSpeedConfig(deepspeed)
+    stage = zero.get_value("zero_optimization.stage", 0)
+    if stage not in (1, 2) or zero.is_offload():
+        found = f"ZeRO-{stage}" + " with an optimizer that is offloaded" * zero.is_offload()
+        raise InputError(
+            f"--optim {MUON} needs whole matrices on the device: use ZeRO-1 or ZeRO-2 without offloading, or no "
+            f"DeepSpeed, got {found}"
+        )

@@ -20,6 +20,7 @@ from dnazen.batches.sampler import MicroBatch, MicroBatchSampler
 from dnazen.data.corpus import Corpus, build_corpus
 from dnazen.data.tokenizer import train_tokenizer
 from dnazen.ngram.vocab import NgramVocabulary
+from dnazen.pretraining.prefetch import Prefetcher
 
 NUM_TOKENS = 64
 
@@ -172,6 +173,42 @@ def test_loader_workers_do_not_change_a_bit(dataset):
             assert expected.keys() == found.keys()
             for name, value in expected.items():
                 assert torch.equal(torch.as_tensor(value), torch.as_tensor(found[name])), name
+
+
+STEPS, PER_STEP = 10, 4
+
+
+@pytest.mark.parametrize(
+    ("world_size", "first", "workers", "ahead"),
+    [(1, 0, 0, False), (2, 0, 0, False), (4, 0, 1, False), (2, 7, 0, False), (1, 3, 0, True), (4, 9, 0, True)],
+)
+def test_mask_rate_is_that_of_the_step(dataset, world_size, first, workers, ahead):
+    """From 0.5 to 0.1 over 10 steps, by hand from the draws: on 1, 2 and 4 processes, resumed, read or made ahead."""
+    collator = copy.copy(dataset.collator)
+    collator.masking = Masking(0.5, False, 9, mlm_probability_end=0.1)
+    falling = PackedDataset(dataset.split, collator)
+    batches = {}
+    for rank in range(world_size):
+        sampler = MicroBatchSampler(falling.split.lengths, 512, 4, PER_STEP * first, rank, world_size)
+        sampler.set_steps(first, PER_STEP, STEPS)
+        prefetcher = Prefetcher(falling, sampler, torch.device("cpu"), "reference") if ahead else None
+        source = prefetcher.unmatched if ahead else falling
+        loader = iter(DataLoader(source, sampler=sampler, batch_size=None, num_workers=workers))
+        of_rank = PER_STEP // world_size
+        for step in range(first, STEPS):
+            made = prefetcher.take(loader, of_rank) if ahead else [next(loader) for _ in range(of_rank)]
+            for i, (batch, _) in enumerate(made):
+                batches[step, i * world_size + rank] = batch
+    runs = [run for epoch in (0, 1) for run in sampler.micro_batches(epoch)]
+    in_first = len(sampler.micro_batches(0))
+    for (step, i), batch in batches.items():
+        number = PER_STEP * step + i
+        drawn = [
+            masking_uniforms(9, int(number >= in_first), index, len(dataset.split[index]) + 2)[1:-1, 0]
+            for index in runs[number]
+        ]
+        masked = [np.pad(draws < 0.5 - 0.4 * step / 10, 1) for draws in drawn]
+        assert torch.equal(batch["labels"] != -100, torch.from_numpy(np.concatenate(masked))), (step, i)
 
 
 def test_effective_mask_target_is_met(dataset):

@@ -30,9 +30,14 @@ def vocabulary(request):
     return NgramVocabulary(sorted(ngrams), list(range(1, len(ngrams) + 1)), request.param)
 
 
-@pytest.fixture(params=[(0.1, True), (0.1, False), (0.0, True), None], ids=["whole", "token", "nothing", "none"])
+@pytest.fixture(
+    params=[(0.1, True, None), (0.0, False, 0.2), (0.0, True, None), None], ids=["whole", "token", "nothing", "none"]
+)
 def masking(request):
-    return request.param and Masking(*request.param, seed=3)
+    if request.param is None:
+        return None
+    start, whole, end = request.param
+    return Masking(start, whole, seed=3, mlm_probability_end=end)
 
 
 @pytest.mark.slow
@@ -43,8 +48,8 @@ def test_equal_to_the_hosts_bit_for_bit(tokenizer, vocabulary, masking, device, 
     generator = np.random.default_rng(5)
     sequences = [generator.integers(5, 12, length) for length in (30, 1, 17, 64, 2)]
     collator = PackedCollator(tokenizer, vocabulary, masking, use_ngrams)
-    expected = collator(sequences, np.arange(5), epoch=2)
-    packed = collator.pack(sequences, np.arange(5), epoch=2)
+    expected = collator(sequences, np.arange(5), epoch=2, progress=0.5)
+    packed = collator.pack(sequences, np.arange(5), epoch=2, progress=0.5)
     packed = {name: value.to(device) if torch.is_tensor(value) else value for name, value in packed.items()}
     moved = collator.to(device)  # from memory that is not pinned, for which the host waits
     # the reference goes through the host

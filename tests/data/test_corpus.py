@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dnazen.data.corpus import Corpus, build_corpus, summarize
+from dnazen.data.corpus import Corpus, build, build_corpus, summarize
 from dnazen.data.fasta import read_fasta
 from dnazen.data.tokenizer import load_tokenizer, tokenizer_checksum, train_tokenizer
 from dnazen.files import InputError, sha256_file, write_json
@@ -64,17 +64,20 @@ def genomes(draw):
     reverse_complement=st.booleans(),
     validation_fraction=st.sampled_from([0.1, 0.37, 0.5, 0.9]),
     shard_tokens=st.sampled_from([1, 30, 2**27]),
+    piece_length=st.none() | st.integers(1, 100),
 )
 def test_every_sequence_is_its_piece(
-    tokenizer, sequences, max_tokens, min_length, reverse_complement, validation_fraction, shard_tokens
+    tokenizer, sequences, max_tokens, min_length, reverse_complement, validation_fraction, shard_tokens, piece_length
 ):
+    size = 4 * max_tokens if piece_length is None else piece_length
+    assume(min_length <= size)
     # Independent of the code: pieces by regular expression, held-out ones by the rule in floating point.
     clean = [sequence.upper().replace("U", "T") for sequence in sequences]
     pieces = [
-        (number, run.start() + start, min(run.start() + start + 4 * max_tokens, run.end()))
+        (number, run.start() + start, min(run.start() + start + size, run.end()))
         for number, sequence in enumerate(clean)
         for run in re.finditer("[ACGT]+", sequence)
-        for start in range(0, len(run[0]), 4 * max_tokens)
+        for start in range(0, len(run[0]), size)
     ]
     kept = [piece for piece in pieces if piece[2] - piece[1] >= min_length]
 
@@ -88,7 +91,7 @@ def test_every_sequence_is_its_piece(
         for i, piece in enumerate(kept)
         if math.floor((i + 1) * validation_fraction + 0.5) > math.floor(i * validation_fraction + 0.5)
     ]
-    options = {"min_length": min_length, "reverse_complement": reverse_complement}
+    options = {"min_length": min_length, "reverse_complement": reverse_complement, "piece_length": piece_length}
     with tempfile.TemporaryDirectory() as folder:
         fasta, output_dir = write_fasta(Path(folder) / "g.fa", sequences), Path(folder) / "corpus"
         arguments = ([fasta], tokenizer, output_dir)
@@ -130,6 +133,81 @@ def test_every_sequence_is_its_piece(
             assert totals[name]["sequences"] == len(split) == len(split.lengths)
             assert totals[name]["tokens"] == split.num_tokens == sum(len(split[i]) for i in range(len(split)))
             assert all(len(t) <= max(shard_tokens, max_tokens) for t, _ in split.shards)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 2**32),
+    max_tokens=st.integers(2, 9),
+    min_length=st.integers(1, 4),
+    reverse_complement=st.booleans(),
+    dedup=st.booleans(),
+)
+def test_pieces_that_fill_their_tokens(tokenizer, seed, max_tokens, min_length, reverse_complement, dedup):
+    """Runs of up to three stretches, of bases and of repeats, whose tokens are long on one strand only."""
+    rng = random.Random(seed)
+    min_length = min(min_length, max(1, max_tokens // 2))
+    repeats = ["".join(rng.choices("ACGT", k=rng.randint(1, 7))) for _ in range(3)]
+    run = [random_bases(rng.randint(1, 3000), seed), rng.choice(repeats) * rng.randint(1, 300), "N" * rng.randint(0, 2)]
+    sequences = ["".join(rng.choices(run, k=4)) + "A" for _ in range(2)]
+    options = {"max_tokens": max_tokens, "min_length": min_length, "reverse_complement": reverse_complement}
+    with tempfile.TemporaryDirectory() as folder:
+        fasta, output_dir = write_fasta(Path(folder) / "g.fa", sequences), Path(folder) / "corpus"
+        options |= {"piece_length": "auto", "dedup": dedup, "validation_fraction": 0.4}
+        manifest = build_corpus([fasta], tokenizer, output_dir, **options)
+        covered: dict[bool, list] = {False: [], True: []}
+        held_out = {(number, i) for number, start, end in manifest["validation"] for i in range(start, end)}
+        counts = []
+        for name, (number, start, length, reverse), tokens in list_sequences(Corpus.open(output_dir)):
+            bases = sequences[number][start : start + length]
+            text = other_strand(bases) if reverse else bases
+            assert tokens.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert 1 <= len(tokens) <= max_tokens
+            places = [(number, i) for i in range(start, start + length)]
+            assert all((place in held_out) == (name == "validation") for place in places)
+            covered[bool(reverse)] += places
+            counts.append(len(tokens))
+        # every base once on each strand, but for runs, and ends of a stretch's length, that are under the minimum
+        clean = {(number, i) for number, text in enumerate(sequences) for i, base in enumerate(text) if base != "N"}
+        totals = manifest["totals"]
+        assert len(covered[False]) == len(set(covered[False])) == totals["bases"] and set(covered[False]) <= clean
+        assert sorted(covered[True]) == (sorted(covered[False]) if reverse_complement else [])
+        duplicate_bases = totals["duplicate_bases"] if dedup else 0
+        assert len(clean) == totals["bases"] + totals["dropped_bases"] + duplicate_bases
+        assert totals["dropped_bases"] <= (min_length - 1) * totals["dropped_short"]
+        assert totals["pieces"] == (len(counts) - totals["pieces_split"]) // (1 + reverse_complement)
+        if not reverse_complement and not dedup:  # nothing is short but the end of a stretch, or its two last pieces
+            stretches = sum(
+                math.ceil(len(run) / (400 * max_tokens)) for text in sequences for run in re.findall("[ACGT]+", text)
+            )
+            assert sum(count < max_tokens for count in counts) <= 2 * stretches
+
+
+@pytest.mark.slow
+def test_pieces_of_human_that_fill_their_tokens(tmp_path, shared_data, monkeypatch):
+    """The mean is over 500 of 510, and none of it depends on the number of processes."""
+    tokenizer, raw = (load(shared_data / "tokenizer") for load in (load_tokenizer, load_raw))
+    fasta = shared_data / "genomes" / "hg38_1m.fa.gz"
+    options = {"piece_length": "auto", "reverse_complement": True}
+    monkeypatch.setattr(build, "_BYTES_PER_WORKER", 1 << 16)
+    manifests = [
+        build_corpus([fasta], tokenizer, tmp_path / f"{workers}", num_workers=workers, **options) for workers in (1, 2)
+    ]
+    assert manifests[0] == manifests[1] and manifests[0]["parameters"]["piece_length"] == "auto"
+    split = Corpus.open(tmp_path / "2").everything()
+    mean = split.num_tokens / len(split)
+    assert mean > 500 and max(split.lengths) == 510
+    assert f"tokens a sequence: {mean:.1f}, {mean / 510:.1%} of 510 at most" in summarize(manifests[0])
+    (record,) = read_fasta(fasta)
+    rows = np.concatenate(split.pieces).tolist()
+    texts = [record.sequence[start : start + length] for _, start, length, _ in rows]
+    texts = [other_strand(text) if row[3] else text for text, row in zip(texts, rows)]
+    assert [encoding.ids[1:-1] for encoding in raw.encode_batch(texts)] == [tokens.tolist() for tokens in split]
+
+
+def load_raw(folder):
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def test_manifest_and_summary(corpus_dir, genome, tokenizer):
@@ -183,6 +261,10 @@ def test_reading_a_split(corpus_dir):
         ({"max_tokens": 0}, "max_tokens: expected 1 or more, found 0"),
         ({"min_length": 0}, "min_length: expected 1 to 2040 bases"),
         ({"min_length": 2041}, "min_length: expected 1 to 2040 bases"),
+        ({"piece_length": 0}, "piece_length: expected auto, or 1 to 204000 bases, found 0"),
+        ({"piece_length": 204_001}, "piece_length: expected auto, or 1 to 204000 bases, found 204001"),
+        ({"piece_length": 60}, r"min_length: expected 1 to 60 bases \(piece_length\), found 64"),
+        ({"piece_length": "auto", "min_length": 256}, r"expected 1 to 255 bases \(half of max_tokens\), found 256"),
         ({"validation_fraction": 0.0}, "validation_fraction: expected more than 0"),
         ({"validation_fraction": 1.0}, "validation_fraction: expected more than 0 and less than 1, found 1.0"),
         ({"validation_fraction": math.nan}, "validation_fraction"),
@@ -233,6 +315,30 @@ def test_tokenizer_that_does_not_cover_the_bases(tmp_path, genome):
     Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="[UNK]")).save(f"{tmp_path}/tokenizer.json")
     with pytest.raises(InputError, match=r"does not spell every run of A, C, G, T: .*record 0.*\[UNK\]"):
         build_corpus([genome], load_tokenizer(tmp_path), tmp_path / "corpus", validation_fraction=0.5)
+    assert not (tmp_path / "corpus").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "cutter", "found"),
+    [
+        (models.Unigram([("A", -1.0), ("C", -1.0), ("G", -1.0), ("T", -1.0)]), None, "Unigram"),
+        (models.BPE(vocab=dict(zip("ACGT", range(4))), merges=[], ignore_merges=True), None, "BPE with ignore_merges"),
+        (
+            models.BPE(vocab=dict(zip("ACGT", range(4))), merges=[]),
+            pre_tokenizers.FixedLength(6),
+            "one that cuts its input",
+        ),
+    ],
+)
+def test_tokenizer_whose_pieces_cannot_be_filled(tmp_path, genome, model, cutter, found):
+    """Another cut of the text, or another merge, and a piece by itself would have other tokens."""
+    backend = Tokenizer(model)
+    backend.add_special_tokens(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"])
+    if cutter is not None:
+        backend.pre_tokenizer = cutter
+    backend.save(f"{tmp_path}/tokenizer.json")
+    with pytest.raises(InputError, match=f"piece_length auto: expected a tokenizer of plain BPE, found {found}"):
+        build_corpus([genome], load_tokenizer(tmp_path), tmp_path / "corpus", piece_length="auto")
     assert not (tmp_path / "corpus").exists()
 
 

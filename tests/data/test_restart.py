@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -124,6 +125,25 @@ def test_build_killed_twice_and_then_asked_for_something_else(inputs, whole, tmp
     assert read_tree(output_dir) != tree
     assert main(arguments(inputs, tmp_path / "again", "journal")) == 0
     assert read_tree(tmp_path / "again") == tree
+
+
+@pytest.mark.slow
+def test_killed_build_of_filled_pieces_goes_on(inputs, tmp_path, caplog):
+    """And not with pieces of another length."""
+    filled = [*arguments(inputs, tmp_path / "corpus"), "--piece-length", "auto", "--min-length", "10"]
+    assert main([*filled, "--output-dir", str(tmp_path / "whole")]) == 0
+    tree = read_tree(tmp_path / "whole")
+    size = int(0.5 * (tmp_path / "whole" / "train-00000.tokens.npy").stat().st_size)
+    assert run_command(*filled, before=lambda: limit_files(size, is_fatal=True)) == -signal.SIGXFSZ
+    (leftover,) = tmp_path.glob(".corpus.*")
+    shutil.copytree(leftover, tmp_path / leftover.name.replace(".corpus.", ".other."))
+    assert main(filled) == 0
+    assert "going on behind " in caplog.text
+    assert read_tree(tmp_path / "corpus") == tree
+    caplog.clear()
+    assert main([*filled, "--piece-length", "90", "--output-dir", str(tmp_path / "other")]) == 0
+    assert "going on behind " not in caplog.text
+    assert read_tree(tmp_path / "other") != tree
 
 
 def test_changed_input_is_not_gone_on_with(inputs, whole, tmp_path):

@@ -10,10 +10,13 @@ from tests.helpers.launch import flags, run
 
 STRAIGHT = {
     "plain": {},
-    "zero2-1": {"zero": 2, "bf16": True},
+    "zero2-1": {
+        "zero": 2, "bf16": True, "optim": "muon", "muon_learning_rate": 2e-3, "mlm_probability_end": 0.6,
+        "lr_scheduler_type": "warmup_stable_decay",
+    },
     "zero2-2": {"zero": 2, "processes": 2, "bf16": True},
     "zero3-2": {"zero": 3, "processes": 2},
-}
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -87,12 +87,19 @@ def test_kill_while_a_checkpoint_is_written(prepared, straight_run, tmp_path, ki
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "before, after, zero, bf16",
-    [(2, 1, 1, False), (2, 1, 2, False), (1, 2, 2, True), (2, 1, 3, True), (1, 2, 3, False)],
+    "before, after, zero, bf16, optim",
+    [
+        (2, 1, 1, False, "muon"),
+        (2, 1, 2, False, "adamw_torch_fused"),
+        (1, 2, 2, True, "muon"),
+        (2, 1, 3, True, "adamw_torch_fused"),
+        (1, 2, 3, False, "adamw_torch_fused"),
+    ],
 )
-def test_resume_on_another_number_of_processes(prepared, tmp_path, before, after, zero, bf16):
+def test_resume_on_another_number_of_processes(prepared, tmp_path, before, after, zero, bf16, optim):
     """DeepSpeed's universal checkpoint; the data goes on where it was, so the losses are those of an unbroken run."""
     arguments = {**prepared.arguments(), "zero": zero, "bf16": bf16, "learning_rate": 1e-2, "max_steps": 8}
+    arguments |= {"optim": optim, "mlm_probability_end": 0.3}
     accumulation = {1: 2, 2: 1}
 
     def go(processes: int, name: str) -> str:

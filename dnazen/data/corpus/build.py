@@ -23,7 +23,16 @@ from transformers import PreTrainedTokenizerFast
 from dnazen import __version__
 from dnazen.data.corpus.journal import FinishedFile, Journal, is_of
 from dnazen.data.corpus.leakage import ANCHOR_BASES, find_leaks, load_targets
-from dnazen.data.corpus.pieces import Counts, Piece, PieceTokenizer, Record, Tokenized, cut_pieces
+from dnazen.data.corpus.pieces import (
+    BASES_PER_TOKEN,
+    STRETCH_PIECES,
+    Counts,
+    Piece,
+    PieceTokenizer,
+    Record,
+    Tokenized,
+    cut_pieces,
+)
 from dnazen.data.corpus.reader import FORMAT, FORMAT_VERSION, SPLITS
 from dnazen.data.corpus.shard import SplitWriter, new_shard, open_shard
 from dnazen.data.fasta import STDIN, FastaReader, describe_sources
@@ -34,9 +43,9 @@ from dnazen.processes import map_in_order
 
 logger = logging.getLogger(__name__)
 
-# DNABERT-2's protocol counts on n / 4 tokens in a sequence of n bases.
-_BASES_PER_TOKEN = 4
-_CHUNK_PIECES = 1024
+AUTO = "auto"  # in place of a length of pieces: as many bases as fill a sequence's tokens
+# of a worker's job
+_CHUNK_PIECES, _CHUNK_BASES = 1 << 10, 1 << 21
 # A process for less would take longer to start than it saves.
 _BYTES_PER_WORKER = 1 << 20
 
@@ -47,7 +56,7 @@ class Parameters:
 
     max_tokens: int
     min_length: int
-    piece_length: int
+    piece_length: int | str
     reverse_complement: bool
     dedup: bool
     validation_fraction: float | None  # None: `validation_records` are held out
@@ -61,6 +70,7 @@ def build_corpus(
     *,
     max_tokens: int = MAX_TOKENS,
     min_length: int = MIN_LENGTH,
+    piece_length: int | str | None = None,
     reverse_complement: bool = False,
     dedup: bool = False,
     validation_fraction: float = VALIDATION_FRACTION,
@@ -71,11 +81,13 @@ def build_corpus(
 ) -> dict[str, Any]:
     """Clean and tokenize FASTA files (or "-", standard input) into a corpus folder; return its manifest.
 
-    Runs of A, C, G, T are cut into pieces of `4 * max_tokens` bases; those under `min_length` bases are dropped. A
-    piece of more than `max_tokens` tokens is halved until none is, each half tokenized by itself. A piece equal to an
-    earlier one, or to its reverse complement, is counted, and dropped with `dedup`. Pieces are numbered over all
-    files, and number i is held out for validation iff `floor((i + 1) f + 0.5) > floor(i f + 0.5)`, its halves and
-    reverse complement with it; with `validation_records`, those of the records so named are, and no others.
+    Runs of A, C, G, T are cut into pieces of `piece_length` bases (default: `4 * max_tokens`); those under `min_length`
+    bases are dropped. A piece of more than `max_tokens` tokens is halved until none is, each half tokenized by itself.
+    With a `piece_length` of "auto" a piece has as many bases as `max_tokens` tokens spell, or somewhat fewer, if those
+    of its reverse complement are wanted and would be more. A piece equal to an earlier one, or to its reverse
+    complement, is counted, and dropped with `dedup`. Pieces are numbered over all files, and number i is held out for
+    validation iff `floor((i + 1) f + 0.5) > floor(i f + 0.5)`, its halves and reverse complement with it; with
+    `validation_records`, those of the records so named are, and no others.
     `check_against` are CSV files whose sequences are looked for in the corpus; see `dnazen.data.corpus.leakage`.
 
     The bytes written do not depend on `num_workers` (processes; default: every core, as far as there is work for
@@ -86,14 +98,20 @@ def build_corpus(
 
     Raises:
         InputError: a parameter is out of range, `output_dir` has something in it, a file is given twice or is not
-            FASTA, the tokenizer does not spell a piece, a split would be empty, no record has a name of
-            `validation_records`, or a file of `check_against` is no CSV with sequences. Nothing is left behind, but for
-            what can be taken up.
+            FASTA, the tokenizer does not spell a piece or, for "auto", is not one of plain BPE, a split would be empty,
+            no record has a name of `validation_records`, or a file of `check_against` is no CSV with sequences. Nothing
+            is left behind, but for what can be taken up.
     """
-    size = _BASES_PER_TOKEN * max_tokens
+    if piece_length is None:
+        piece_length = BASES_PER_TOKEN * max_tokens
+    is_auto, stretch = piece_length == AUTO, STRETCH_PIECES * BASES_PER_TOKEN * max_tokens
+    # a token has at least one base, so that either half of a piece can be kept
+    longest = max(1, max_tokens // 2) if is_auto else piece_length
+    of_what = "half of max_tokens" if is_auto else "piece_length"
     for name, value, is_valid, expected in (
         ("max_tokens", max_tokens, max_tokens >= 1, "1 or more"),
-        ("min_length", min_length, 1 <= min_length <= size, f"1 to {size} bases ({_BASES_PER_TOKEN} * max_tokens)"),
+        ("piece_length", piece_length, is_auto or 1 <= piece_length <= stretch, f"{AUTO}, or 1 to {stretch} bases"),
+        ("min_length", min_length, 1 <= min_length <= longest, f"1 to {longest} bases ({of_what})"),
         ("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "more than 0 and less than 1"),
         ("num_workers", num_workers, num_workers is None or num_workers >= 1, "1 or more"),
         ("tokenizer", len(tokenizer), len(tokenizer) <= 2**16, f"at most {2**16} tokens, to fit uint16"),
@@ -106,7 +124,7 @@ def build_corpus(
     parameters = Parameters(
         max_tokens=max_tokens,
         min_length=min_length,
-        piece_length=size,
+        piece_length=piece_length,
         reverse_complement=reverse_complement,
         dedup=dedup,
         validation_fraction=None if validation_records else validation_fraction,
@@ -137,9 +155,11 @@ def build_corpus(
                     "going on behind %s of %s files, done by a run that was stopped",
                     f"{len(journal.files):,}", f"{len(sources):,}",
                 )  # fmt: skip
-            tokenize = PieceTokenizer(tokenizer, max_tokens, reverse_complement)
+            tokenize = PieceTokenizer(tokenizer, max_tokens, reverse_complement, min_length if is_auto else None)
             with contextlib.closing(_Builder(directory, journal, parameters, shard_tokens)) as builder:
-                _tokenize_files(_Files(fasta_paths, sources, journal, parameters), tokenize, builder, num_workers)
+                size = stretch if is_auto else piece_length
+                files = _Files(fasta_paths, sources, journal, size, min_length)
+                _tokenize_files(files, tokenize, builder, num_workers)
                 manifest |= builder.finish()
         if targets:
             shards = [(shard["split"], open_shard(directory, shard, verify=False)) for shard in manifest["shards"]]
@@ -155,6 +175,9 @@ def summarize(manifest: dict[str, Any]) -> str:
     totals, parameters = manifest["totals"], manifest["parameters"]
     train, validation = totals["train"], totals["validation"]
     tokens, bases = train["tokens"] + validation["tokens"], train["bases"] + validation["bases"]
+    mean, max_tokens = tokens / (train["sequences"] + validation["sequences"]), parameters["max_tokens"]
+    is_auto = parameters["piece_length"] == AUTO
+    length = f"up to {max_tokens} tokens" if is_auto else f"at most {parameters['piece_length']}"
     strands = "both strands" if parameters["reverse_complement"] else "one strand"
     duplicates = "dropped" if parameters["dedup"] else "kept (--dedup drops them)"
     leaks = [
@@ -168,15 +191,16 @@ files       {len(manifest["sources"])}, with {totals["records"]:,} records, {tot
 cut out     {totals["cut_bases"]:,} bases other than A, C, G, T, in {totals["cut_runs"]:,} runs
 dropped     {totals["dropped_bases"]:,} bases, in {totals["dropped_short"]:,} pieces under {parameters["min_length"]}
 duplicates  {totals["duplicate_bases"]:,} bases, in {totals["duplicates"]:,} pieces; {duplicates}
-kept        {totals["bases"]:,} bases, in {totals["pieces"]:,} pieces of at most {parameters["piece_length"]}; {strands}
-halved      {totals["pieces_split"]:,} times, a piece of more than {parameters["max_tokens"]} tokens
+kept        {totals["bases"]:,} bases, in {totals["pieces"]:,} pieces of {length}; {strands}
+halved      {totals["pieces_split"]:,} times, a piece of more than {max_tokens} tokens
 tokens      {tokens:,}, {bases / tokens:.2f} bases a token
+filled      tokens a sequence: {mean:.1f}, {mean / max_tokens:.1%} of {max_tokens} at most
 train       {train["sequences"]:,} sequences, {train["tokens"]:,} tokens
 validation  {validation["sequences"]:,} sequences, {validation["tokens"]:,} tokens{"".join(leaks)}"""
 
 
 class _Batch(NamedTuple):
-    """Pieces of one file, in order, on their way to a worker."""
+    """Pieces (or stretches) of one file, in order, on their way to a worker."""
 
     file: int
     first_record: int  # number of the file's first record
@@ -196,32 +220,42 @@ class _Files:
         paths: Sequence[str | PathLike],
         sources: list[dict[str, Any]],
         journal: Journal,
-        parameters: Parameters,
+        size: int,
+        min_length: int,
     ):
         self.paths, self.sources = paths, sources
+        self._size, self._min_length = size, min_length
         self.first_file = len(journal.files)
         self.first_record = journal.files[-1].totals["records"] if journal.files else 0
         self.records: dict[int, list[Record]] = {}
-        self._parameters = parameters
 
     def __iter__(self) -> Iterator[_Batch]:
         first_record = self.first_record
         for number in range(self.first_file, len(self.paths)):
             reader, source = FastaReader(self.paths[number]), self.sources[number]
             records = self.records[number] = []
-            size, min_length = self._parameters.piece_length, self._parameters.min_length
-            pieces = cut_pieces(reader, first_record, records, size, min_length)
+            pieces = cut_pieces(reader, first_record, records, self._size, self._min_length)
             is_last = False
             while not is_last:
                 try:
-                    chunk = list(itertools.islice(pieces, _CHUNK_PIECES))
+                    chunk, is_last = _take_chunk(pieces)
                 except InputError as error:  # the files before can be kept
                     raise Interrupted(str(error)) from error
-                is_last = len(chunk) < _CHUNK_PIECES
                 if is_last and source["bytes"] is None:
                     source |= {"sha256": reader.text_sha256(), "bytes": reader.text_bytes}
                 yield _Batch(number, first_record, reader.position, chunk, is_last)
             first_record += len(records)
+
+
+def _take_chunk(pieces: Iterator[Piece]) -> tuple[list[Piece], bool]:
+    """The pieces of a worker's next job, and whether those were the last."""
+    chunk, bases = [], 0
+    for piece in pieces:
+        chunk.append(piece)
+        bases += len(piece.bases)
+        if len(chunk) == _CHUNK_PIECES or bases >= _CHUNK_BASES:
+            return chunk, False
+    return chunk, True
 
 
 def _tokenize_files(files: _Files, tokenize: PieceTokenizer, builder: "_Builder", num_workers: int) -> None:
@@ -279,11 +313,13 @@ class _Builder:
 
     def take(self, batch: _Batch, tokenized: Tokenized, records: list[Record]) -> None:
         """Write the sequences of some pieces; count those that are duplicates in their records."""
-        parameters, pieces = self._parameters, batch.pieces
-        of_pieces = [records[piece.record - batch.first_record] for piece in pieces]
+        parameters, pieces = self._parameters, tokenized.pieces
+        of_pieces = [records[number - batch.first_record] for number in pieces["record"].tolist()]
         seen = self._journal.seen.add(tokenized.digests)
+        for record in of_pieces:
+            record.counts.pieces += 1
         for i in np.flatnonzero(seen):
-            counts, size = of_pieces[i].counts, len(pieces[i].bases)
+            counts, size = of_pieces[i].counts, int(pieces["length"][i])
             counts.duplicates += 1
             counts.duplicate_bases += size
             if parameters.dedup:
@@ -292,13 +328,12 @@ class _Builder:
         kept = ~seen if parameters.dedup else np.ones(len(seen), bool)
         held_out = self._hold_out(kept, of_pieces)
         self._num_pieces += int(kept.sum())
-        for i in np.flatnonzero(held_out):
-            record, start, bases = pieces[i]
-            self._held_out.append([record, start, start + len(bases)])
+        for record, start, length, _ in pieces[held_out].tolist():
+            self._held_out.append([record, start, start + length])
         strands = 1 + parameters.reverse_complement
-        self._pieces_split += int(kept[tokenized.pieces].sum()) - strands * int(kept.sum())
+        self._pieces_split += int(kept[tokenized.numbers].sum()) - strands * int(kept.sum())
         for split, chosen in (("train", kept & ~held_out), ("validation", held_out)):
-            rows = chosen[tokenized.pieces]
+            rows = chosen[tokenized.numbers]
             tokens = tokenized.tokens[np.repeat(rows, tokenized.lengths)]
             self._full += self._splits[split].append(tokens, tokenized.lengths[rows], tokenized.rows[rows])
 
