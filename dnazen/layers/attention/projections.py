@@ -1,8 +1,9 @@
-"""The projections around attention, one kind for each encoder."""
+"""The projections around attention, one kind for each encoder; both hand their input on (`project`)."""
 
 from torch import Tensor, nn
 
-from dnazen.layers.attention.dense import Attention
+from dnazen.layers.attention.dense import Attention, attend_packed
+from dnazen.layers.linear import SharedInputLinear, project
 
 
 class FusedSelfAttention(nn.Module):
@@ -11,12 +12,13 @@ class FusedSelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.Wqkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.Wqkv = SharedInputLinear(hidden_size, 3 * hidden_size)
 
-    def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
-        query, key, value = self.Wqkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        context, weights = attention(query, key, value)
-        return context.flatten(-2), weights
+    def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Context, `hidden_states` as the residual, and the weights if the attention has them."""
+        qkv, residual = project(self.Wqkv, hidden_states)
+        context, weights = attend_packed(attention, qkv.unflatten(-1, (3, self.num_heads, -1)))
+        return context.flatten(-2), residual, weights
 
 
 class SelfAttention(nn.Module):
@@ -25,14 +27,15 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.Linear(hidden_size, hidden_size)
-        self.value = nn.Linear(hidden_size, hidden_size)
+        self.query = SharedInputLinear(hidden_size, hidden_size)
+        self.key = SharedInputLinear(hidden_size, hidden_size)
+        self.value = SharedInputLinear(hidden_size, hidden_size)
 
-    def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (self.num_heads, -1))
-            for projection in (self.query, self.key, self.value)
-        )
-        context, weights = attention(query, key, value)
-        return context.flatten(-2), weights
+    def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As of `FusedSelfAttention`."""
+        states = []
+        for projection in (self.query, self.key, self.value):
+            projected, hidden_states = project(projection, hidden_states)
+            states.append(projected.unflatten(-1, (self.num_heads, -1)))
+        context, weights = attention(*states)
+        return context.flatten(-2), hidden_states, weights
