@@ -131,15 +131,13 @@ class NgramLayer(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
         self.attention = AttentionBlock(config, SelfAttention)
-        dense = SharedInputLinear(config.hidden_size, config.intermediate_size)
+        dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.intermediate = nn.Sequential(OrderedDict(dense=dense, activation=nn.GELU()))
         self.output = ResidualOutput(config, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor, attention: Attention, add_norm: AddNorm) -> tuple[Tensor, Tensor | None]:
         hidden_states, weights = self.attention(hidden_states, attention, add_norm)
-        dense, activation = self.intermediate
-        inner, residual = project(dense, hidden_states)
-        return self.output(activation(inner), residual, add_norm), weights
+        return self.output(self.intermediate(hidden_states), hidden_states, add_norm), weights
 
 
 class FusedEncoder(nn.Module):
@@ -187,6 +185,7 @@ class FusedEncoder(nn.Module):
         all_ngram_weights: list[Tensor] = []
         for index, layer in enumerate(self.layer):
             # The G-gram layers run even on a batch with no G-gram: under ZeRO-3 all ranks must call the same modules.
+            # Not on a CUDA stream of their own: DeepSpeed (0.19.8) orders its buckets after one stream's gradients.
             if is_fused := index < len(self.ngram_layers):
                 ngram_hidden_states, ngram_weights = run(
                     self.ngram_layers[index], ngram_hidden_states, ngram_attention, add_norm

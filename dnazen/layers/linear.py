@@ -3,28 +3,36 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# A function in Python costs the host some 0.1 ms; on fewer elements the pass that it saves is not worth them.
+MIN_ELEMENTS = 2**24
 
 
 class _LinearAndInput(torch.autograd.Function):
-    """`F.linear(input, weight, bias)`, and `input`; its two gradients are summed by the matrix product that makes one.
+    """`F.linear(input, weight, bias)`, and `input`, the residual; the product that makes one gradient adds the other.
 
-    PyTorch would write the product's gradient and then add the other to it, in a pass of its own.
+    PyTorch would add them in a pass of its own, and `torch.addmm` on a GPU, up to torch 2.13, copies what it adds to.
+    So the product is added in place, to the residual's gradient, which must be nobody else's by then. It is what the
+    backward of the sub-layer's LayerNorm made; that shares it with the way back through the sub-layer at most, and all
+    of that way lies before the gradient by the first output.
     """
 
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight)  # the parameter itself, not a view of it: ZeRO-3 takes its memory away
+        ctx.save_for_backward(input, weight)  # the parameter, not a view of it, which would keep ZeRO-3's memory
         return F.linear(input, weight, bias), input
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output: Tensor | None, grad_input: Tensor | None) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
         if grad_output is None:
             return grad_input, None, None
+        input, weight = ctx.saved_tensors
         rows, grad_weight, grad_bias = grad_output.flatten(0, -2), None, None
         if ctx.needs_input_grad[0]:
-            product = rows @ weight if grad_input is None else torch.addmm(grad_input.flatten(0, -2), rows, weight)
+            product = rows @ weight if grad_input is None else grad_input.flatten(0, -2).addmm_(rows, weight)
             grad_input = product.view(input.shape)
         if ctx.needs_input_grad[1]:
             grad_weight = rows.T @ input.flatten(0, -2)
@@ -34,18 +42,22 @@ class _LinearAndInput(torch.autograd.Function):
 
 
 class SharedInputLinear(nn.Linear):
-    """`nn.Linear` that can hand its input on; by `project` alone, so that what wraps linear layers sees a plain one."""
+    """`nn.Linear` that can hand its input on, to `project` alone: what wraps linear layers sees a plain one."""
 
-    def forward(self, input: Tensor, hands_input_on: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: Tensor, hands_input_on: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if not hands_input_on:
             return super().forward(input)
-        if torch.is_autocast_enabled(input.device.type):  # product and residual are of two types
+        # the compiler finds product and sum by itself; under autocast they are of two types
+        is_plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type)
+        if is_plain or input.numel() < MIN_ELEMENTS:
             return super().forward(input), input
         return _LinearAndInput.apply(input, self.weight, self.bias)
 
 
 def project(linear: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """`linear(hidden_states)`, and `hidden_states` for whoever reads them next.
+    """`linear(hidden_states)`, and `hidden_states` for the residual, to be used once.
 
     Where `linear` is a `SharedInputLinear`, and not an adapter around one, the matrix product that makes the gradient
     by the first adds to that by the second.

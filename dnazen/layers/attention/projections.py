@@ -1,4 +1,4 @@
-"""The projections around attention, one kind for each encoder; both hand their input on (`project`)."""
+"""The projections around attention, one kind for each encoder."""
 
 from torch import Tensor, nn
 
@@ -27,15 +27,15 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.query = SharedInputLinear(hidden_size, hidden_size)
-        self.key = SharedInputLinear(hidden_size, hidden_size)
-        self.value = SharedInputLinear(hidden_size, hidden_size)
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor, Tensor | None]:
         """As of `FusedSelfAttention`."""
-        states = []
-        for projection in (self.query, self.key, self.value):
-            projected, hidden_states = project(projection, hidden_states)
-            states.append(projected.unflatten(-1, (self.num_heads, -1)))
-        context, weights = attention(*states)
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (self.num_heads, -1))
+            for projection in (self.query, self.key, self.value)
+        )
+        context, weights = attention(query, key, value)
         return context.flatten(-2), hidden_states, weights
