@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dnazen.layers.attention import Selection, alibi_slopes, flex, packed_attention, select
 from dnazen.layers import linear
+from dnazen.layers.attention import Selection, alibi_slopes, flex, packed_attention, select
 from dnazen.layers.compilation import RECOMPILE_LIMIT, compile_dynamic
 from dnazen.models import DNAZenForMaskedLM, DNAZenForSequenceClassification
 from tests.helpers.synchronisations import ForbidSynchronisation
