@@ -185,7 +185,7 @@ class FusedEncoder(nn.Module):
         all_ngram_weights: list[Tensor] = []
         for index, layer in enumerate(self.layer):
             # The G-gram layers run even on a batch with no G-gram: under ZeRO-3 all ranks must call the same modules.
-            # Not on a CUDA stream of their own: DeepSpeed (0.19.8) orders its buckets after one stream's gradients.
+            # Not on a CUDA stream of their own: DeepSpeed (0.19.8) would fill a bucket of gradients that is still sent.
             if is_fused := index < len(self.ngram_layers):
                 ngram_hidden_states, ngram_weights = run(
                     self.ngram_layers[index], ngram_hidden_states, ngram_attention, add_norm

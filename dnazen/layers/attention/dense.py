@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from dnazen.layers.padding import PaddedLayout
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
-class PackedAttention(NamedTuple):
+@dataclass(frozen=True)  # not a tuple, which ZeRO-3 and checkpointing would take apart
+class PackedAttention:
     """An `Attention` that can also take query, key and value as one, and writes their gradients as one."""
 
     separate: Attention
