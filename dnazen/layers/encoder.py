@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dnazen.layers.attention import Attention, FusedSelfAttention, SelfAttention
 from dnazen.layers.fusion import AddNorm, ResidualLayerNorm
-from dnazen.layers.linear import Linear
+from dnazen.layers.linear import Linear, SharedInputLinear, project
 
 
 class Embeddings(nn.Module):
@@ -75,9 +75,13 @@ class AttentionBlock(nn.Module):
         self.self = self_attention(config.hidden_size, config.num_attention_heads)
         self.output = ResidualOutput(config, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, attention: Attention, add_norm: AddNorm) -> tuple[Tensor, Tensor | None]:
-        context, weights = self.self(hidden_states, attention)
-        return self.output(context, hidden_states, add_norm), weights
+    def forward(
+        self, hidden_states: Tensor, attention: Attention, add_norm: AddNorm, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        context, residual, weights = self.self(hidden_states, attention)
+        if rows is not None:
+            context, residual = context.index_select(0, rows), residual.index_select(0, rows)
+        return self.output(context, residual, add_norm), weights
 
 
 class GatedMLP(nn.Module):
@@ -85,19 +89,24 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config) -> None:
         super().__init__()
-        self.gated_layers = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.gated_layers = SharedInputLinear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.wo = Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layernorm = ResidualLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor, add_norm: AddNorm, ngram_hidden_states: Tensor | None) -> Tensor:
-        gate, value = self.gated_layers(hidden_states).chunk(2, dim=-1)
+        gated, residual = project(self.gated_layers, hidden_states)
+        gate, value = gated.chunk(2, dim=-1)
         output = self.dropout(self.wo(F.gelu(gate) * value))
-        return self.layernorm(output, hidden_states, add_norm, ngram_hidden_states)
+        return self.layernorm(output, residual, add_norm, ngram_hidden_states)
 
 
 class TokenLayer(nn.Module):
-    """A layer of the token encoder; after it, to each token are added the states of the G-grams over it, if given."""
+    """A layer of the token encoder; after it, to each token are added the states of the G-grams over it, if given.
+
+    With `rows [M]`, ascending, it returns the states of those rows alone, `[M, H]`: every row has a key and a value,
+    but what comes after attention is computed for these.
+    """
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -105,9 +114,14 @@ class TokenLayer(nn.Module):
         self.mlp = GatedMLP(config)
 
     def forward(
-        self, hidden_states: Tensor, attention: Attention, add_norm: AddNorm, ngram_hidden_states: Tensor | None
+        self,
+        hidden_states: Tensor,
+        attention: Attention,
+        add_norm: AddNorm,
+        ngram_hidden_states: Tensor | None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        hidden_states, weights = self.attention(hidden_states, attention, add_norm)
+        hidden_states, weights = self.attention(hidden_states, attention, add_norm, rows)
         return self.mlp(hidden_states, add_norm, ngram_hidden_states), weights
 
 
@@ -149,8 +163,12 @@ class FusedEncoder(nn.Module):
         ngram_attention: Attention,
         add_norm: AddNorm,
         keep_all: bool,
+        last_rows: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Run both stacks.
+
+        With `last_rows [M]`, ascending, the last layer returns the states of those rows alone; it must not be one that
+        G-grams are added to.
 
         Returns:
             the token encoder's states after the embeddings and every layer (the last alone unless `keep_all`), and the
@@ -167,15 +185,18 @@ class FusedEncoder(nn.Module):
         all_ngram_weights: list[Tensor] = []
         for index, layer in enumerate(self.layer):
             # The G-gram layers run even on a batch with no G-gram: under ZeRO-3 all ranks must call the same modules.
+            # Not on a CUDA stream of their own: DeepSpeed (0.19.8) would fill a bucket of gradients that is still sent.
             if is_fused := index < len(self.ngram_layers):
                 ngram_hidden_states, ngram_weights = run(
                     self.ngram_layers[index], ngram_hidden_states, ngram_attention, add_norm
                 )
                 all_ngram_weights += [] if ngram_weights is None else [ngram_weights]
+            is_last = index == len(self.layer) - 1
             hidden_states, weights = run(
-                layer, hidden_states, attention, add_norm, ngram_hidden_states if is_fused else None
-            )
-            if keep_all or index == len(self.layer) - 1:
+                layer, hidden_states, attention, add_norm, ngram_hidden_states if is_fused else None,
+                last_rows if is_last else None,
+            )  # fmt: skip
+            if keep_all or is_last:
                 all_hidden_states.append(hidden_states)
             all_weights += [] if weights is None else [weights]
         return all_hidden_states, all_weights, all_ngram_weights

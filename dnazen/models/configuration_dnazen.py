@@ -111,6 +111,14 @@ class DNAZenConfig(PreTrainedConfig):
             check(isinstance(getattr(self, name), bool), name, "true or false")
         check(self.impl in ("auto", "triton", "reference"), "impl", "'auto', 'triton' or 'reference'")
 
+    @property
+    def skips_unmasked_rows(self) -> bool:
+        """Whether, given labels, the last layer goes on after its attention with the masked rows alone.
+
+        A layer that G-grams are added to does not: their edges are of all rows.
+        """
+        return self.impl != "reference" and self.num_hidden_ngram_layers < self.num_hidden_layers
+
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
         super()._remove_keys_not_serialized(d)
         d.pop("impl", None)

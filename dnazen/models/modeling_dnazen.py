@@ -125,9 +125,10 @@ class DNAZenPreTrainedModel(StrictLoading, KeptNgrams, PreTrainedModel):
 
 @dataclass
 class DNAZenOutput(BaseModelOutputWithPooling):
-    """Hugging Face's, and the attention weights of the G-gram encoder."""
+    """Hugging Face's, the attention weights of the G-gram encoder, and which rows the last states are, if not all."""
 
     ngram_attentions: tuple[Tensor, ...] | None = None
+    masked_positions: Tensor | None = None
 
 
 class DNAZenModel(DNAZenPreTrainedModel):
@@ -145,11 +146,22 @@ class DNAZenModel(DNAZenPreTrainedModel):
 
     @can_return_tuple
     @takes_model_inputs
-    def forward(self, input_ids: Tensor, **inputs: Unpack[ModelInputs]) -> DNAZenOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        masked_positions: Tensor | None = None,
+        **inputs: Unpack[ModelInputs],
+    ) -> DNAZenOutput:
         """Run both encoders on packed or padded input (see the module's docstring).
 
+        With `labels` (see `DNAZenForMaskedLM`) the last states are those of the masked positions alone, and as little
+        of the last layer as they need is computed.
+
         Returns:
-            `last_hidden_state` and each of `hidden_states`: `[T, H]`, or `[B, S, H]` for padded input;
+            `last_hidden_state` and each of `hidden_states`: `[T, H]`, or `[B, S, H]` for padded input; with `labels`,
+            `masked_positions` and `last_hidden_state [number of them, H]`;
             `pooler_output [B, H]` if there is a pooler; `attentions` (the token encoder's, eager attention only):
             `[B, heads, max_seqlen, max_seqlen]` per layer, each sequence from its first token on; `ngram_attentions`,
             likewise `[B, heads, max_ngrams, max_ngrams]` per layer of the G-gram encoder.
@@ -171,21 +183,34 @@ class DNAZenModel(DNAZenPreTrainedModel):
                 f"output_attentions: expected attn_implementation='eager', which alone returns weights, "
                 f"found {implementation!r}"
             )
+        if labels is None:
+            masked_positions = None
+        else:
+            check_shape("labels", labels, tuple(input_ids.shape))
+            if masked_positions is None:
+                masked_positions = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        reads_all = layout is not None or output_hidden_states or self.pooler is not None
+        last_rows = masked_positions if self.config.skips_unmasked_rows and not reads_all else None
         if self.config.impl == "reference":
             found = self._encode_padded(batch, bool(output_hidden_states))
         else:
-            found = self._encode_packed(batch, implementation, bool(output_hidden_states))
+            found = self._encode_packed(batch, implementation, bool(output_hidden_states), last_rows)
         all_hidden_states, attentions, ngram_attentions = found
-        first_tokens = all_hidden_states[-1].index_select(0, batch.cu_seqlens[:-1])
-        pooler_output = None if self.pooler is None else self.pooler(first_tokens)
+        pooler_output = None
+        if self.pooler is not None:
+            pooler_output = self.pooler(all_hidden_states[-1].index_select(0, batch.cu_seqlens[:-1]))
         if layout is not None:
             all_hidden_states = [layout.pad(states) for states in all_hidden_states]
+        last_hidden_state = all_hidden_states[-1]
+        if masked_positions is not None and last_rows is None:
+            last_hidden_state = last_hidden_state.flatten(0, -2).index_select(0, masked_positions)
         return DNAZenOutput(
-            last_hidden_state=all_hidden_states[-1],
+            last_hidden_state=last_hidden_state,
             pooler_output=pooler_output,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             ngram_attentions=tuple(ngram_attentions) if output_attentions else None,
+            masked_positions=masked_positions,
         )
 
     def _attention_of_this_pass(self, device: torch.device) -> str:
@@ -194,7 +219,7 @@ class DNAZenModel(DNAZenPreTrainedModel):
         return self.select_attention(device, dtype, torch.is_grad_enabled()).name
 
     def _encode_packed(
-        self, batch: PackedBatch, attention: str, keep_all: bool
+        self, batch: PackedBatch, attention: str, keep_all: bool, last_rows: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         slopes = alibi_slopes(self.config.num_attention_heads, batch.input_ids.device)
         return self.encoder(
@@ -204,6 +229,7 @@ class DNAZenModel(DNAZenPreTrainedModel):
             packed_attention(attention, batch.ngram_cu_seqlens, batch.max_ngrams, len(batch.ngram_input_ids)),
             packed_add_norm(batch.edges, self.config.impl),
             keep_all,
+            last_rows,
         )
 
     def _encode_padded(self, batch: PackedBatch, keep_all: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -227,13 +253,10 @@ class DNAZenWithHead(DNAZenPreTrainedModel):
 
     bert: DNAZenModel
     output_class: type[ModelOutput]
+    reads_masked_positions_alone = False  # with labels
 
     def head(
-        self,
-        outputs: DNAZenOutput,
-        labels: Tensor | None,
-        masked_positions: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
+        self, outputs: DNAZenOutput, labels: Tensor | None, num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor | None, Tensor]:
         """The loss, or None without labels, and the logits."""
         raise NotImplementedError
@@ -256,8 +279,9 @@ class DNAZenWithHead(DNAZenPreTrainedModel):
         **inputs: Unpack[ModelInputs],
     ) -> ModelOutput:
         """Run encoders and head on packed or padded input (see the module's docstring and the class's)."""
-        outputs = self.bert(input_ids, **inputs, return_dict=True)
-        loss, logits = self.head(outputs, labels, masked_positions, num_items_in_batch)
+        masked = {"labels": labels, "masked_positions": masked_positions} if self.reads_masked_positions_alone else {}
+        outputs = self.bert(input_ids, **masked, **inputs, return_dict=True)
+        loss, logits = self.head(outputs, labels, num_items_in_batch)
         return self.output_class(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -268,15 +292,17 @@ class DNAZenForMaskedLM(DNAZenWithHead):
 
     Without `labels`, `logits` is `[T, V]`, or `[B, S, V]` for padded input, without meaning at padding. With `labels`
     (shaped as `input_ids`; the original id at masked positions, -100 elsewhere) the head runs at the masked positions
-    alone: `logits` is `[number of masked positions, V]`, and `loss` the summed cross-entropy, in fp32, over
-    `num_items_in_batch` (default: the masked positions at hand); it is 0 if nothing is masked. `masked_positions`, the
-    indices of those positions in the flattened labels, ascending, spares a GPU the wait to find them.
+    alone, and so does the last layer after its attention, unless more of its states are asked for: `logits` is
+    `[number of masked positions, V]`, and `loss` the summed cross-entropy, in fp32, over `num_items_in_batch` (default:
+    the masked positions at hand); it is 0 if nothing is masked. `masked_positions`, the indices of those positions in
+    the flattened labels, ascending, spares a GPU the wait to find them.
     """
 
     unused_parts = (POOLER,)
     _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
     accepts_loss_kwargs = True  # tells Trainer that num_items_in_batch is heeded
     output_class = MaskedLMOutput
+    reads_masked_positions_alone = True
 
     def __init__(self, config: DNAZenConfig) -> None:
         super().__init__(config)
@@ -290,17 +316,13 @@ class DNAZenForMaskedLM(DNAZenWithHead):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.cls["predictions"].decoder = value
 
-    def head(self, outputs, labels, masked_positions, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
-        hidden_states, predict = outputs.last_hidden_state, self.cls["predictions"]
+    def head(self, outputs, labels, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
+        logits = self.cls["predictions"](outputs.last_hidden_state)
         if labels is None:
-            return None, predict(hidden_states)
-        check_shape("labels", labels, tuple(hidden_states.shape[:-1]))
-        labels = labels.flatten()
-        if masked_positions is None:
-            masked_positions = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        logits = predict(hidden_states.flatten(0, -2).index_select(0, masked_positions))
-        loss = F.cross_entropy(logits.float(), labels.index_select(0, masked_positions), reduction="sum")
-        count = len(masked_positions) if num_items_in_batch is None else num_items_in_batch
+            return None, logits
+        targets = labels.flatten().index_select(0, outputs.masked_positions)
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        count = len(targets) if num_items_in_batch is None else num_items_in_batch
         return loss / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)), logits
 
 
@@ -321,7 +343,7 @@ class DNAZenForSequenceClassification(DNAZenWithHead):
         self.add_classifier(config)
         self.post_init()
 
-    def head(self, outputs, labels, masked_positions, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
+    def head(self, outputs, labels, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
         logits = self.classifier(self.dropout(outputs.pooler_output))
         if labels is None:
             return None, logits
@@ -346,7 +368,7 @@ class DNAZenForTokenClassification(DNAZenWithHead):
         self.add_classifier(config)
         self.post_init()
 
-    def head(self, outputs, labels, masked_positions, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
+    def head(self, outputs, labels, num_items_in_batch) -> tuple[Tensor | None, Tensor]:
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         if labels is None:
             return None, logits

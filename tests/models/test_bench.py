@@ -22,7 +22,7 @@ from dnazen.models import DNAZenForMaskedLM
 from dnazen.ngram.build import build_ngrams
 from dnazen.pretraining.bench import format_bench, measure
 from dnazen.pretraining.bench.compilations import Compilations
-from dnazen.pretraining.bench.flops import training_flops
+from dnazen.pretraining.bench.flops import skipped_flops, training_flops
 from dnazen.pretraining.bench.measure import Stopwatch
 from dnazen.pretraining.bench.profile import PROFILED_STEPS, idle_gaps, summarize_profile
 
@@ -36,7 +36,14 @@ def test_flops_are_those_that_pytorch_counts(config, make_batch):
         model(**batch).loss.backward()
     num_masked = int((batch["labels"] != -100).sum())
     assert num_masked > 2
-    assert training_flops(config, np.array([16, 16]), np.array([5, 5]), num_masked) == counter.get_total_flops()
+    owed = training_flops(config, np.array([16, 16]), np.array([5, 5]), num_masked)
+    skipped = skipped_flops(config, 32, num_masked)
+    assert skipped > 0 and owed - skipped == counter.get_total_flops()
+    config.num_hidden_ngram_layers = config.num_hidden_layers  # then the last layer is fused, on all rows
+    with FlopCounterMode(display=False) as counter:
+        DNAZenForMaskedLM(config)(**batch).loss.backward()
+    owed = training_flops(config, np.array([16, 16]), np.array([5, 5]), num_masked)
+    assert skipped_flops(config, 32, num_masked) == 0 and owed == counter.get_total_flops()
 
 
 @pytest.fixture
@@ -105,8 +112,8 @@ def test_flash_attention_4_without_the_caches_of_this_release_is_told(compilatio
     assert compilations.counts("flash_attention_4")
     row = {"impl": "auto", "attention": "flash_attention_4", "counts_attention": False, "compilations": 0, "mfu": None}
     row |= dict.fromkeys(
-        ("tokens_per_second", "tflops_per_second", "tokens_per_step", "sequences_per_step", "padding_share",
-         "loader_wait", "ngrams_per_token", "peak_memory_bytes"), 1.0,
+        ("tokens_per_second", "tflops_per_second", "work_done", "tokens_per_step", "sequences_per_step",
+         "padding_share", "loader_wait", "ngrams_per_token", "peak_memory_bytes"), 1.0,
     )  # fmt: skip
     row["warm_up"] = {"ended": True, "seconds": 1.0}
     result = {"model": "tiny", "precision": "bf16", "max_batch_tokens": 1, "machine": "m", "rows": [row]}

@@ -1,14 +1,18 @@
 """On processes of a group: optimizer steps of all ZeRO stages, some with a gradient that is spoilt on one process.
 
 Fails where the norm is not DeepSpeed's own, where a step with a spoilt gradient moves a weight, or where a good one
-does not; and where Muon's steps on ZeRO's flat tensors are not those on the matrices themselves.
+does not; where Muon's steps on ZeRO's flat tensors are not those on the matrices themselves; and where our model's
+gradient is not that of all its work, done without DeepSpeed.
 """
 
+import copy
 import math
 
 import deepspeed
 import torch
 
+from dnazen.layers import linear
+from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.pretraining.muon import MuonAdamW, count_parts
 from dnazen.training.script import exit_process, leave_process_group
 from tests.helpers.zero_engine import build_engine, take_norm_at_once
@@ -97,10 +101,44 @@ def compare_muon() -> None:
         engine.destroy()
 
 
+def check_model(stage: int) -> None:
+    """The first process alone has masked tokens; the residuals' gradients are summed in the matrix products."""
+    config = DNAZenConfig(
+        vocab_size=50, ngram_vocab_size=20, num_hidden_layers=2, num_hidden_ngram_layers=1, hidden_size=24,
+        num_attention_heads=2, intermediate_size=40, hidden_dropout_prob=0.0, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = DNAZenForMaskedLM(config)
+    plain = copy.deepcopy(model)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    batches, losses = [], []
+    for process in range(world_size):
+        input_ids = torch.randint(5, 50, (14,), generator=torch.Generator().manual_seed(process))
+        is_masked = (torch.arange(14) % 3 == 0) & (process == 0)
+        cu_seqlens = torch.tensor([0, 9, 14], dtype=torch.int32)
+        labels = torch.where(is_masked, input_ids, -100)
+        batches.append(dict(input_ids=input_ids, labels=labels, cu_seqlens=cu_seqlens, max_seqlen=9))
+        losses.append(plain(**batches[-1], output_hidden_states=True).loss)
+    (sum(losses) / world_size).backward()
+    expected = torch.stack([parameter.grad.norm() for parameter in plain.parameters()]).norm()
+    small, linear.MIN_ELEMENTS = linear.MIN_ELEMENTS, 0
+    engine = build_engine(model, torch.optim.AdamW(model.parameters()), stage, bf16=False)
+    loss = engine(**batches[rank]).loss
+    engine.backward(loss)
+    engine.step()
+    linear.MIN_ELEMENTS = small
+    # sums of some 100 products and 30,000 squares in another order
+    torch.testing.assert_close(loss, losses[rank], rtol=1e-5, atol=0)
+    norm = torch.as_tensor(engine.get_global_grad_norm())
+    torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0, check_dtype=False)
+    engine.destroy()
+
+
 def main() -> None:
     deepspeed.init_distributed("gloo")
     rank, last = torch.distributed.get_rank(), torch.distributed.get_world_size() - 1
     for stage in (1, 2, 3):
+        check_model(stage)
         for accumulation in (1, 2):
             for bf16 in (False, True):
                 engine = two_layers(stage, accumulation, bf16)

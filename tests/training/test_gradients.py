@@ -19,7 +19,7 @@ from tests.helpers.launch import PROGRAMS, ROOT, environment, run_program
 def test_gradient_that_is_not_finite_on_one_process_moves_no_weight(processes):
     """inf, NaN and -inf; ZeRO-1, 2 and 3; fp32 and bf16; with accumulation and without.
 
-    Good steps have DeepSpeed's norm.
+    Good steps have DeepSpeed's norm, and a step of our model has the norm of all its work done plainly.
     """
     assert run_program(PROGRAMS / "zero_steps.py", processes).count("all as it should be") == processes
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +19,22 @@ _WIDEST_PADDED = 128
 
 # (query, key, value), each [..., heads, head_dim] -> (context of that shape, weights [B, heads, S, S] or None)
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)  # not a tuple, which ZeRO-3 and checkpointing would take apart
+class PackedAttention:
+    """An `Attention` that can also take query, key and value as one, and writes their gradients as one."""
+
+    separate: Attention
+    packed: Callable[[Tensor], tuple[Tensor, Tensor | None]]  # qkv [T, 3, heads, head_dim]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.separate(query, key, value)
+
+
+def attend_packed(attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Attention of `qkv [..., 3, heads, head_dim]`; unless it is packed, its three gradients are copied together."""
+    return attention.packed(qkv) if isinstance(attention, PackedAttention) else attention(*qkv.unbind(-3))
 
 
 def padded_attention(cu_seqlens: Tensor, max_seqlen: int, slopes: Tensor | None = None) -> Attention:

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from dnazen.layers.attention.dense import Attention
-from dnazen.layers.linear import Linear
+from dnazen.layers.attention.dense import Attention, attend_packed
+from dnazen.layers.linear import Linear, SharedInputLinear, project
 
 
 class FusedSelfAttention(nn.Module):
@@ -12,12 +12,13 @@ class FusedSelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.Wqkv = Linear(hidden_size, 3 * hidden_size)
+        self.Wqkv = SharedInputLinear(hidden_size, 3 * hidden_size)
 
-    def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
-        query, key, value = self.Wqkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        context, weights = attention(query, key, value)
-        return context.flatten(-2), weights
+    def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Context, `hidden_states` as the residual, and the weights if the attention has them."""
+        qkv, residual = project(self.Wqkv, hidden_states)
+        context, weights = attend_packed(attention, qkv.unflatten(-1, (3, self.num_heads, -1)))
+        return context.flatten(-2), residual, weights
 
 
 class SelfAttention(nn.Module):
@@ -30,10 +31,11 @@ class SelfAttention(nn.Module):
         self.key = Linear(hidden_size, hidden_size)
         self.value = Linear(hidden_size, hidden_size)
 
-    def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, attention: Attention) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As of `FusedSelfAttention`."""
         query, key, value = (
             projection(hidden_states).unflatten(-1, (self.num_heads, -1))
             for projection in (self.query, self.key, self.value)
         )
         context, weights = attention(query, key, value)
-        return context.flatten(-2), weights
+        return context.flatten(-2), hidden_states, weights

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dnazen.layers.attention.alibi import alibi_slopes
-from dnazen.layers.attention.dense import Attention, eager_attention, sdpa_attention
+from dnazen.layers.attention.dense import Attention, attend_packed, eager_attention, sdpa_attention
 from dnazen.layers.attention.flash import flash_attention_2, flash_attention_4
 from dnazen.layers.attention.flex import packed_flex_attention
 
@@ -153,7 +153,9 @@ def _disagreement(
         lengths = [length for group in _PARITY_GROUPS[batch] for length in group]
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
         *states, grad = (states.to(dtype).requires_grad_(training) for states in torch.cat(drawn[batch], dim=1))
-        context, _ = packed_attention(backend, cu_seqlens, max(lengths), sum(lengths), slopes)(*states)
+        attention = packed_attention(backend, cu_seqlens, max(lengths), sum(lengths), slopes)
+        # as both encoders call it: with ALiBi the three as one
+        context, _ = attention(*states) if slopes is None else attend_packed(attention, torch.stack(states, dim=1))
         gradients = torch.autograd.grad(context, states, grad) if training else ()
         return torch.stack([context.detach(), *gradients]).double()
 

@@ -29,3 +29,9 @@ def training_flops(config: DNAZenConfig, lengths: np.ndarray, ngram_lengths: np.
     head = (hidden**2 + hidden * config.vocab_size) * num_masked
     neighbors = 2 * config.neighbor_window * hidden**2 * lengths.sum()
     return float(6 * (neighbors + config.num_hidden_layers * token + config.num_hidden_ngram_layers * ngram + head))
+
+
+def skipped_flops(config: DNAZenConfig, num_tokens: int, num_masked: int) -> float:
+    """Of those, what is not computed and not missed: after its attention the last layer needs the masked rows alone."""
+    skipped_rows = num_tokens - num_masked if config.skips_unmasked_rows else 0
+    return float(6 * skipped_rows * (config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size))

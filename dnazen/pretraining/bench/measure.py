@@ -18,7 +18,7 @@ from dnazen.environment import stand_alone
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.ngram.vocab import load_ngrams
 from dnazen.pretraining.bench.compilations import Compilations
-from dnazen.pretraining.bench.flops import PEAK_TFLOPS, training_flops
+from dnazen.pretraining.bench.flops import PEAK_TFLOPS, skipped_flops, training_flops
 from dnazen.pretraining.bench.profile import PROFILED_STEPS, write_profile
 from dnazen.pretraining.trainer import Batch, PretrainingTrainer
 from dnazen.pretraining.training_arguments import PretrainingArguments
@@ -141,11 +141,12 @@ class BenchTrainer(PretrainingTrainer):
             yield item
 
     def sum_work(self) -> dict[str, float]:
-        """What went through since `start`: `flops`, `tokens`, `sequences` and `ngrams`."""
-        total = dict.fromkeys(("flops", "tokens", "sequences", "ngrams"), 0.0)
+        """What went through since `start`: `flops` (owed), `skipped_flops`, `tokens`, `sequences` and `ngrams`."""
+        total = dict.fromkeys(("flops", "skipped_flops", "tokens", "sequences", "ngrams"), 0.0)
         for *offsets, num_masked in self.work:
             lengths, ngram_lengths = (tensor.cpu().numpy() for tensor in offsets)
             total["flops"] += training_flops(self.model.config, lengths, ngram_lengths, num_masked)
+            total["skipped_flops"] += skipped_flops(self.model.config, int(lengths.sum()), num_masked)
             total["tokens"] += int(lengths.sum())
             total["sequences"] += len(lengths)
             total["ngrams"] += int(ngram_lengths.sum())
@@ -230,6 +231,7 @@ def measure(
         "seconds": elapsed,
         "tokens_per_second": measured["tokens"] / elapsed,
         "tflops_per_second": measured["flops"] / elapsed / 1e12,
+        "work_done": 1 - measured["skipped_flops"] / measured["flops"],
         "mfu": measured["flops"] / elapsed / 1e12 / peak if peak else None,
         "tokens_per_step": measured["tokens"] / measured["steps"],
         "sequences_per_step": measured["sequences"] / measured["steps"],

@@ -9,7 +9,8 @@ def format_bench(result: dict[str, Any]) -> str:
     lines = [f"{result['model']}, {result['precision']}, {size}, on {result['machine']}"]
     table = {
         "tokens/s": "{tokens_per_second:,.0f}",
-        "TFLOP/s": "{tflops_per_second:.3f}",
+        "TFLOP/s owed": "{tflops_per_second:.3f}",
+        "of them done": "{work_done:.1%}",
         "tokens a step": "{tokens_per_step:,.0f}",
         "sequences a step": "{sequences_per_step:,.1f}",
         "padding": "{padding_share:.1%}",
