@@ -13,7 +13,8 @@ from dnazen_kernels.ngram_fusion.reference import SPLITMIX64, accumulation_dtype
 
 GAMMA, MULTIPLIER_1, MULTIPLIER_2 = map(tl.constexpr, SPLITMIX64)
 EDGES_AT_ONCE = tl.constexpr(4)  # unrolled, so that several rows are on their way at the same time
-WARPS_PER_SM = 8  # of the backward, all resident at once: 8 fit whatever H, 12 at H = 768 (README.md)
+# of the backward, all resident at once (README.md); with drop-out a warp holds half the columns, for want of registers
+WARPS_PER_SM, WARPS_PER_SM_WITH_DROPOUT = 8, 12
 
 
 @triton.jit
@@ -146,7 +147,7 @@ def row_constants(hidden_size: int, accumulation: torch.dtype, columns_per_warp:
 
 
 def backward_constants(hidden_size: int, accumulation: torch.dtype, num_dropped: int, sums_x: bool) -> dict:
-    """Those of `_residual_layer_norm_backward_kernel`; with drop-out a warp has more to hold, so fewer columns."""
+    """Those of `_residual_layer_norm_backward_kernel`."""
     constants = row_constants(hidden_size, accumulation, columns_per_warp=512 if num_dropped else 1024)
     return constants | dict(NUM_DROPPED=num_dropped, SUMS_X=sums_x)
 
@@ -178,7 +179,8 @@ def residual_layer_norm_backward(grad, x, residual, weight, mean, rstd, num_drop
     dz = torch.empty_like(grad, memory_format=torch.contiguous_format)
     dx = x.new_empty(x.shape if num_dropped else 0)
     num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    num_programs = min(num_sms * max(WARPS_PER_SM // constants["num_warps"], 1), len(x))
+    warps_per_sm = WARPS_PER_SM_WITH_DROPOUT if num_dropped else WARPS_PER_SM
+    num_programs = min(num_sms * max(warps_per_sm // constants["num_warps"], 1), len(x))
     partial = mean.new_empty(2 + sums_x, num_programs, x.shape[1])
     _residual_layer_norm_backward_kernel[(num_programs,)](
         *_contiguous(grad, x, residual, weight, mean, rstd, seed), dz, dx, partial, len(x), **constants

@@ -78,7 +78,7 @@ def test_no_step_waits_for_the_device(config, make_batch, device, monkeypatch):
     """On a CPU by the operators called, with a stand-in for PyTorch's flex_attention, which has no backward there and
     no
     rule for watching it: what the tiles are built from is real. Only on a GPU is the kernel itself watched."""
-    config.impl, config._attn_implementation = "triton", "flex_attention"
+    config.impl, config._attn_implementation, config.hidden_dropout_prob = "triton", "flex_attention", 0.1
     config.hidden_size = 16 * config.num_attention_heads  # on a GPU FlexAttention takes no smaller heads
     model = DNAZenForMaskedLM(config).to(device)
     if device.type == "cpu":

@@ -64,7 +64,8 @@ def test_residual_layer_norm(
 
     Of drop-out the seed alone is kept, and there is one more gradient; the other bias takes one more vector.
     """
-    monkeypatch.setattr(triton_impl, "WARPS_PER_SM", warps_per_sm)
+    name = "WARPS_PER_SM_WITH_DROPOUT" if dropout_p else "WARPS_PER_SM"
+    monkeypatch.setattr(triton_impl, name, warps_per_sm)
     (x, residual, weight, bias, ngrams), edges = make_inputs(num_tokens, num_ngrams, num_edges, device)
     allocated.clear()
     inputs = (x, residual, weight, bias, 0.5, ngrams, edges)
