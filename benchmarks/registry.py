@@ -270,18 +270,21 @@ def fusion_backward_bytes(sizes: Sizes) -> int:
     return sizes.rows(sizes.num_covered + sizes.num_ngrams) + sizes.csr_by_ngram
 
 
-def norm_forward_bytes(sizes: Sizes) -> int:
-    """Read both addends, weight, bias, G-gram states and the view by token; write the sum and 2 fp32 per row."""
-    rows = sizes.rows(3 * sizes.num_tokens + sizes.num_ngrams + 2)
-    return rows + 8 * sizes.num_tokens + (sizes.csr_by_token if sizes.num_edges else 0)
-
-
-def norm_backward_bytes(sizes: Sizes) -> int:
-    """Read the gradient, both addends, weight, 2 fp32 per row and the view by G-gram; write one gradient for both
-    addends, those of weight and bias and those of G-grams.
+def norm_forward_bytes(sizes: Sizes, dropout: bool = False) -> int:
+    """Read both addends, weight, bias, G-gram states and the view by token, with drop-out its seed; write the sum and 2
+    fp32 per row.
     """
-    rows = sizes.rows(4 * sizes.num_tokens + sizes.num_ngrams + 3)
-    return rows + 8 * sizes.num_tokens + (sizes.csr_by_ngram if sizes.num_edges else 0)
+    rows = sizes.rows(3 * sizes.num_tokens + sizes.num_ngrams + 2)
+    return rows + 8 * sizes.num_tokens + (sizes.csr_by_token if sizes.num_edges else 0) + 8 * dropout
+
+
+def norm_backward_bytes(sizes: Sizes, dropout: bool = False, x_bias: bool = False) -> int:
+    """Read the gradient, both addends, weight, 2 fp32 per row and the view by G-gram, with drop-out its seed; write one
+    gradient for both addends, with drop-out one for each, those of weight and bias, if asked for that of the bias
+    before, and those of G-grams.
+    """
+    rows = sizes.rows((5 if dropout else 4) * sizes.num_tokens + sizes.num_ngrams + 3 + x_bias)
+    return rows + 8 * sizes.num_tokens + (sizes.csr_by_ngram if sizes.num_edges else 0) + 8 * dropout
 
 
 def matching_bytes(sizes: Sizes) -> int:

@@ -59,16 +59,27 @@ def fusion_specs() -> Iterator[KernelSpec]:
     inputs = dict(x_ptr=row, residual_ptr=row, weight_ptr=row)
     norm = dict(**inputs, bias_ptr=row, out_ptr=row, **statistics, eps="fp32")
     norm_gradient = dict(grad_ptr=row, **inputs, **statistics, dz_ptr=row, partial_ptr="*fp32", num_rows="i32")
+    no_edges, no_dropout, dropout = dict.fromkeys(edges), dict(seed_ptr=None), dict(seed_ptr="*i64")
+    fusion, forward, backward = (
+        getattr(triton_impl, f"_{name}_kernel")
+        for name in ("ngram_fusion", "residual_layer_norm", "residual_layer_norm_backward")
+    )
     for hidden_size in (768, 1024, 1536, 4096):
         constants = triton_impl.row_constants(hidden_size, torch.float32)
-        for kernel, variant, types in (
-            (triton_impl._ngram_fusion_kernel, "forward", dict(hidden_ptr=row, **edges, out_ptr=row)),
-            (triton_impl._ngram_fusion_kernel, "backward", dict(hidden_ptr=None, **edges, out_ptr=row)),
-            (triton_impl._residual_layer_norm_kernel, "with G-grams", dict(**norm, **edges)),
-            (triton_impl._residual_layer_norm_kernel, "without", dict(**norm, **dict.fromkeys(edges))),
-            (triton_impl._residual_layer_norm_backward_kernel, "", norm_gradient),
+        plain, dropped = (
+            triton_impl.backward_constants(hidden_size, torch.float32, num_dropped, sums_x=True)
+            for num_dropped in (0, 6554)
+        )
+        for kernel, variant, types, more in (
+            (fusion, "forward", dict(hidden_ptr=row, **edges, out_ptr=row), {}),
+            (fusion, "backward", dict(hidden_ptr=None, **edges, out_ptr=row), {}),
+            (forward, "with G-grams", norm | edges | no_dropout, dict(NUM_DROPPED=0)),
+            (forward, "without", norm | no_edges | no_dropout, dict(NUM_DROPPED=0)),
+            (forward, "with G-grams and drop-out", norm | edges | dropout, dict(NUM_DROPPED=6554)),
+            (backward, "", norm_gradient | no_dropout | dict(dx_ptr=None), plain),
+            (backward, "with drop-out", norm_gradient | dropout | dict(dx_ptr=row), dropped),
         ):
-            yield KernelSpec(kernel, f"{variant} H={hidden_size}".strip(), types, constants)
+            yield KernelSpec(kernel, f"{variant} H={hidden_size}".strip(), types, constants | more)
 
 
 def masking_specs() -> Iterator[KernelSpec]:

@@ -94,16 +94,25 @@ def kernel_rows(sizes: Sizes) -> list[Row]:
     added = sizes.num_edges * sizes.hidden_size
     without = Sizes(sizes.num_tokens, sizes.num_sequences, 0, 0, 0, sizes.hidden_size, sizes.itemsize)
     # forward: residual, mean, centre, square and sum, two scalings, bias; backward: the residual, n (2), gradient times
-    # weight, the two means (3), their sum (2), difference, scaling, and the sums of weight (2) and bias
+    # weight, the two means (3), their sum (2), difference, scaling, the sums of weight (2) and bias; drop-out scales
+    # once forward, twice backward, and there the bias before it is summed too
     forward, backward = 8 * elements, 14 * elements
     return [
         Row("`ngram_fusion`, forward", 1, registry.fusion_forward_bytes(sizes), added),
         Row("`ngram_fusion`, backward", 1, registry.fusion_backward_bytes(sizes), added),
         Row("`residual_layer_norm` with G-grams, forward", 1, registry.norm_forward_bytes(sizes), forward + added),
         Row("`residual_layer_norm` with G-grams, backward", 1, registry.norm_backward_bytes(sizes), backward + added),
+        Row(
+            "`residual_layer_norm` with G-grams and drop-out, forward", 1,
+            registry.norm_forward_bytes(sizes, dropout=True), forward + elements + added,
+        ),
+        Row(
+            "`residual_layer_norm` with G-grams and drop-out, backward", 1,
+            registry.norm_backward_bytes(sizes, dropout=True, x_bias=True), backward + 3 * elements + added,
+        ),
         Row("`residual_layer_norm` without, forward", 1, registry.norm_forward_bytes(without), forward),
         Row("`residual_layer_norm` without, backward", 1, registry.norm_backward_bytes(without), backward),
-    ]
+    ]  # fmt: skip
 
 
 def integer_rows(batch: Batch) -> list[Row]:

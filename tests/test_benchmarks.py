@@ -109,6 +109,10 @@ def test_bytes_by_hand():
     for name in ("ngram_fusion", "residual_layer_norm"):
         assert OPERATORS[name].num_bytes["fwdbwd"](sizes) == HAND[name, "fwd"] + HAND[name, "bwd"]
         assert tuple(OPERATORS[name].num_bytes) == MODES
+    # the seed; that, another gradient of all rows, and the bias before them
+    assert registry.norm_forward_bytes(sizes, dropout=True) == HAND["residual_layer_norm", "fwd"] + 8
+    with_dropout = registry.norm_backward_bytes(sizes, dropout=True, x_bias=True)
+    assert with_dropout == HAND["residual_layer_norm", "bwd"] + 8 + 80 + 8
     without = Sizes(10, 2, 0, 0, 0, hidden_size=4, itemsize=2)
     assert OPERATORS["residual_layer_norm"].num_bytes["fwd"](without) == 3 * 80 + 2 * 8 + 80
 

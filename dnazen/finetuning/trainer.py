@@ -15,6 +15,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from dnazen.finetuning.logits import compute_logits
 from dnazen.finetuning.preprocessing import Encoded, Preprocessor
 from dnazen.finetuning.tasks import Task
+from dnazen.training.dropout import DropoutOfItsOwn
 from dnazen.training.gradients import NormAtOnce
 
 
@@ -43,6 +44,7 @@ class FinetuningTrainer(Trainer):
         dataset = list(zip(train[0].input_ids, task.align(train[1], train[0].bases), strict=True))
         super().__init__(train_dataset=dataset, eval_dataset=dev[0].input_ids, data_collator=collate_rows, **kwargs)
         self.add_callback(NormAtOnce())
+        self.add_callback(DropoutOfItsOwn())
         self.preprocessor, self.task = preprocessor, task
         self.dev_labels = task.stack(task.align(dev[1], dev[0].bases))
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=self.args.device)

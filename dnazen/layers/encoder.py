@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnazen.layers.attention import Attention, FusedSelfAttention, SelfAttention
-from dnazen.layers.fusion import AddNorm, ResidualLayerNorm
+from dnazen.layers.fusion import AddNorm, ResidualLayerNorm, residual_output
 from dnazen.layers.linear import Linear, SharedInputLinear, project
 
 
@@ -64,7 +64,7 @@ class ResidualOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, residual: Tensor, add_norm: AddNorm) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)), residual, add_norm)
+        return residual_output(self.dense, self.dropout, self.LayerNorm, hidden_states, residual, add_norm)
 
 
 class AttentionBlock(nn.Module):
@@ -97,8 +97,8 @@ class GatedMLP(nn.Module):
     def forward(self, hidden_states: Tensor, add_norm: AddNorm, ngram_hidden_states: Tensor | None) -> Tensor:
         gated, residual = project(self.gated_layers, hidden_states)
         gate, value = gated.chunk(2, dim=-1)
-        output = self.dropout(self.wo(F.gelu(gate) * value))
-        return self.layernorm(output, residual, add_norm, ngram_hidden_states)
+        x = F.gelu(gate) * value
+        return residual_output(self.wo, self.dropout, self.layernorm, x, residual, add_norm, ngram_hidden_states)
 
 
 class TokenLayer(nn.Module):

@@ -18,11 +18,16 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _is_bf16_without_products(input):
-            return super().forward(input)
-        with torch.autocast("cpu", enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(input.float(), self.weight.float(), bias).bfloat16()
+        return multiply(input, self.weight, self.bias)
+
+
+def multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, as `Linear` computes it."""
+    if not _is_bf16_without_products(input):
+        return F.linear(input, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        bias = None if bias is None else bias.float()
+        return F.linear(input.float(), weight.float(), bias).bfloat16()
 
 
 def _is_bf16_without_products(input: Tensor) -> bool:

@@ -42,6 +42,7 @@ from dnazen.pretraining.muon import MuonAdamW, count_parts
 from dnazen.pretraining.prefetch import Prefetcher
 from dnazen.pretraining.start import is_residual_output
 from dnazen.pretraining.training_arguments import ADAMW, MUON, PretrainingArguments
+from dnazen.training.dropout import DropoutOfItsOwn
 from dnazen.training.gradients import NormAtOnce
 from dnazen_kernels._runtime import resolve_impl
 
@@ -163,6 +164,7 @@ class PretrainingTrainer(Trainer):
         super().__init__(args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.add_callback(FinishWhole())
         self.add_callback(NormAtOnce())
+        self.add_callback(DropoutOfItsOwn())
         self.meter = Meter(args.device, args.world_size, resumed["totals"], resumed["train_seconds"])
         self.model.ngram_json = vocabulary.to_dict(self.processing_class)  # saved beside the weights
         sequences, _ = choose_sequences(eval_dataset.split)

@@ -6,12 +6,13 @@ Each operator sums the rows of one view of `NgramEdges`; the backward is the sam
 import torch
 from torch import Tensor
 
-from dnazen_kernels._runtime import resolve_impl
+from dnazen_kernels._runtime import check_tensor, resolve_impl
 from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_fusion.reference import (
     accumulation_dtype,
     ngram_fusion_index_add,
     residual_layer_norm_eager,
+    sum_to_bias,
 )
 
 
@@ -58,19 +59,29 @@ def residual_layer_norm(
     ngram_hidden_states: Tensor | None = None,
     edges: NgramEdges | None = None,
     *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    x_bias: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """`LayerNorm(x + residual) * weight + bias`, and on top of it, if there are G-grams, their fusion, in one pass.
+    """`LayerNorm(dropout(x) + residual) * weight + bias`, and on top of it, if there are G-grams, their fusion, in one
+    pass.
 
-    Statistics and sums are in fp32 (fp64 if `x` or `residual` is fp64); the reference rounds `x + residual`, `weight`
-    and `bias` to the output's dtype first, as PyTorch does. With Triton the backward keeps `x`, `residual` and two
-    numbers per row, and its sums over rows are in a fixed order, the same bits on every run on the same device.
+    Statistics and sums are in fp32 (fp64 if `x` or `residual` is fp64); the reference rounds `dropout(x) + residual`,
+    `weight` and `bias` to the output's dtype first, as PyTorch does. With Triton the backward keeps `x`, `residual`,
+    two numbers per row and the seed, and its sums over rows are in a fixed order, the same bits on every run on the
+    same device. What is dropped depends on `seed` and `H` alone, not on `impl`, device or dtype.
 
     Args:
         x, residual: `[T, H]`, floating point.
         weight, bias: `[H]`, floating point of any dtype.
         eps: added to the variance, in fp32.
         ngram_hidden_states, edges: as in `ngram_fusion`; both or neither.
+        dropout_p: probability that an element of `x` is dropped, in [0, 1), to the nearest multiple of 2^-16; what is
+            kept is divided by 1 minus that.
+        seed: int64 scalar, drawn anew for every call; needed where `dropout_p` is above 0. See `keep_mask`.
+        x_bias: `[H]`, a bias that `x` holds already and that was detached there. The output does not depend on it; its
+            gradient, the sum of that of `x` over the rows, is taken here, where the rows are at hand.
         impl: as in `ngram_fusion`; the reference is `F.layer_norm`, then `index_add`.
 
     Returns:
@@ -88,13 +99,25 @@ def residual_layer_norm(
             raise ValueError("ngram_hidden_states and edges must be given both or neither, got one of them")
         if ngram_hidden_states is not None and edges is not None:
             _check_ngrams(x, ngram_hidden_states, edges)
+        if x_bias is not None:
+            _check_states("x_bias", x_bias, len(weight))
+        if not 0 <= dropout_p < 1:
+            raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+        if seed is not None:
+            check_tensor("seed", seed, (), (torch.int64,), x.device)
+        elif dropout_p:
+            raise ValueError(f"seed must be given with dropout_p {dropout_p}, got None")
+    num_dropped = min(round(dropout_p * 65536), 65535)  # of 65536
     if resolve_impl(impl, x.device) == "reference":
-        hidden_states = residual_layer_norm_eager(x, residual, weight, bias, eps)
+        x = sum_to_bias(x, x_bias)
+        hidden_states = residual_layer_norm_eager(x, residual, weight, bias, eps, num_dropped, seed)
         if ngram_hidden_states is None or edges is None:
             return hidden_states
         return ngram_fusion_index_add(hidden_states, ngram_hidden_states, edges)
     unpacked = [None] * 4 if edges is None else edges
-    return _residual_layer_norm(x, residual, weight, bias, eps, ngram_hidden_states, *unpacked)[0]
+    return _residual_layer_norm(
+        x, residual, weight, bias, eps, ngram_hidden_states, *unpacked, num_dropped, seed, x_bias
+    )[0]
 
 
 @torch.library.custom_op("dnazen::ngram_fusion", mutates_args=())
@@ -140,13 +163,13 @@ _ngram_fusion.register_autograd(_ngram_fusion_backward, setup_context=_ngram_fus
 def _residual_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, ngram_hidden_states: Tensor | None,
     token_offsets: Tensor | None, token_ngrams: Tensor | None, ngram_offsets: Tensor | None,
-    ngram_tokens: Tensor | None,
+    ngram_tokens: Tensor | None, num_dropped: int, seed: Tensor | None, x_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from dnazen_kernels.ngram_fusion import triton_impl
 
     with torch.cuda.device_of(x):
         return triton_impl.residual_layer_norm(
-            x, residual, weight, bias, eps, ngram_hidden_states, token_offsets, token_ngrams
+            x, residual, weight, bias, eps, ngram_hidden_states, token_offsets, token_ngrams, num_dropped, seed
         )
 
 
@@ -157,24 +180,29 @@ def _(x, residual, *_):
 
 
 def _residual_layer_norm_context(ctx, inputs, output):
-    x, residual, weight, bias, _, ngram_hidden_states, *edges = inputs
+    x, residual, weight, bias, _, ngram_hidden_states, *edges, num_dropped, seed, x_bias = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, residual, weight, mean, rstd, *edges)
-    ctx.bias_dtype = bias.dtype
-    ctx.ngram_dtype = None if ngram_hidden_states is None else ngram_hidden_states.dtype
+    ctx.save_for_backward(x, residual, weight, mean, rstd, seed, *edges)
+    ctx.num_dropped = num_dropped
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (bias, ngram_hidden_states, x_bias)]
 
 
 def _residual_layer_norm_backward(ctx, grad, _grad_mean, _grad_rstd):
     if grad is None:
-        return (None,) * 10
-    x, residual, weight, mean, rstd, *edges = ctx.saved_tensors
-    grad_sum, parameter_grads = _residual_layer_norm_backward_op(grad, x, residual, weight, mean, rstd)
-    grad_ngrams = _grad_of_ngrams(grad, ctx.ngram_dtype, NgramEdges(*edges)) if ctx.needs_input_grad[5] else None
+        return (None,) * 13
+    x, residual, weight, mean, rstd, seed, *edges = ctx.saved_tensors
+    bias_dtype, ngram_dtype, x_bias_dtype = ctx.dtypes
+    sums_x = ctx.needs_input_grad[12]
+    grad_residual, grad_x, sums = _residual_layer_norm_backward_op(
+        grad, x, residual, weight, mean, rstd, ctx.num_dropped, seed, sums_x
+    )
+    grad_ngrams = _grad_of_ngrams(grad, ngram_dtype, NgramEdges(*edges)) if ctx.needs_input_grad[5] else None
     return (
-        grad_sum.to(x.dtype), grad_sum.to(residual.dtype), parameter_grads[0].to(weight.dtype),
-        parameter_grads[1].to(ctx.bias_dtype), None, grad_ngrams, None, None, None, None,
+        grad_x if ctx.num_dropped else grad_residual.to(x.dtype), grad_residual.to(residual.dtype),
+        sums[0].to(weight.dtype), sums[1].to(bias_dtype), None, grad_ngrams, *[None] * 6,
+        sums[2].to(x_bias_dtype) if sums_x else None,
     )  # fmt: skip
 
 
@@ -183,17 +211,21 @@ _residual_layer_norm.register_autograd(_residual_layer_norm_backward, setup_cont
 
 @torch.library.custom_op("dnazen::residual_layer_norm_backward", mutates_args=())
 def _residual_layer_norm_backward_op(
-    grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, num_dropped: int,
+    seed: Tensor | None, sums_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from dnazen_kernels.ngram_fusion import triton_impl
 
     with torch.cuda.device_of(x):
-        return triton_impl.residual_layer_norm_backward(grad, x, residual, weight, mean, rstd)
+        return triton_impl.residual_layer_norm_backward(
+            grad, x, residual, weight, mean, rstd, num_dropped, seed, sums_x
+        )
 
 
 @_residual_layer_norm_backward_op.register_fake
-def _(grad, x, residual, weight, mean, rstd):
-    return torch.empty_like(grad, memory_format=torch.contiguous_format), mean.new_empty(2, x.shape[1])
+def _(grad, x, residual, weight, mean, rstd, num_dropped, seed, sums_x):
+    grad_residual = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    return grad_residual, x.new_empty(x.shape if num_dropped else 0), mean.new_empty(2 + sums_x, x.shape[1])
 
 
 def _check_states(name: str, tensor: Tensor, *shape: int | str) -> None:

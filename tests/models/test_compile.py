@@ -41,7 +41,10 @@ def fresh_dynamo():
 def test_compiled_layers_equal_eager_ones_and_compile_once(
     impl, is_checkpointing, config, make_batch, fresh_dynamo, monkeypatch
 ):
-    """`fullgraph` makes any graph break an error. Attention is sdpa's; on a GPU it is as little part of the graphs."""
+    """`fullgraph` makes any graph break an error. Attention is sdpa's; on a GPU it is as little part of the graphs.
+    Drop-out is on, and draws the same in both.
+    """
+    config.hidden_dropout_prob = 0.1
     monkeypatch.setattr(linear, "MIN_ELEMENTS", 0)  # what a GPU's batches would do
     if impl == "triton":
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -64,6 +67,7 @@ def test_compiled_layers_equal_eager_ones_and_compile_once(
         results = []
         for model in (plain, compiled):
             model.zero_grad()
+            torch.manual_seed(seed)
             loss = model(**batch).loss
             loss.backward()
             results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
@@ -78,7 +82,7 @@ def test_no_step_waits_for_the_device(config, make_batch, device, monkeypatch):
     """On a CPU by the operators called, with a stand-in for PyTorch's flex_attention, which has no backward there and
     no
     rule for watching it: what the tiles are built from is real. Only on a GPU is the kernel itself watched."""
-    config.impl, config._attn_implementation = "triton", "flex_attention"
+    config.impl, config._attn_implementation, config.hidden_dropout_prob = "triton", "flex_attention", 0.1
     config.hidden_size = 16 * config.num_attention_heads  # on a GPU FlexAttention takes no smaller heads
     model = DNAZenForMaskedLM(config).to(device)
     if device.type == "cpu":

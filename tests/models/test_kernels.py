@@ -52,3 +52,23 @@ def test_training_through_kernels_is_as_exact_as_through_pytorch(run, config, ma
         eager_error, error = ((result[name] - expected).norm() / expected.norm() for result in (eager, ours))
         bound = 2 * eager_error + math.sqrt(passes) * torch.finfo(dtype).eps
         assert error <= bound, f"{name}: error {error:.3g}, plain PyTorch's {eager_error:.3g}"
+
+
+@pytest.mark.slow
+def test_the_same_is_dropped_through_kernels_and_through_pytorch(config, make_batch, device):
+    """And so loss and gradients differ by fp32 rounding alone; see `LOGITS` and `GRADIENTS` in test_modeling.py."""
+    config.hidden_dropout_prob = 0.3
+    batch = make_batch([8, 3, 6], [3, 0, 2])
+    batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    plain = DNAZenForMaskedLM(config).to(device).train()
+    results = []
+    for impl in ("auto", "triton"):
+        model = copy.deepcopy(plain)
+        model.config.impl = impl
+        torch.manual_seed(3)
+        loss = model(**batch).loss
+        loss.backward()
+        results.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
+    torch.testing.assert_close(*results, rtol=1e-5, atol=2e-5)
+    model.eval()
+    assert abs(model(**batch).loss - loss) > 0.01, "drop-out must matter for the test to tell"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from dnazen.models import DNAZenForMaskedLM, DNAZenForSequenceClassification, DNAZenModel
 
@@ -298,6 +299,34 @@ def test_dropout_acts_in_training_only(config, make_batch):
     assert not torch.equal(model(**batch).logits, model(**batch).logits)
     model.eval()
     assert torch.equal(model(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_layer_with_a_hook_or_adapters_has_the_same_gradients(impl, config, make_batch):
+    """Those that the residual LayerNorm sums for a plain layer's bias are those of the layer itself."""
+    config.impl, config.hidden_dropout_prob = impl, 0.1
+    model, batch = DNAZenForMaskedLM(config), make_batch([17, 9], [4, 0])
+    hooked = copy.deepcopy(model)
+    called = []
+    for name, module in hooked.named_modules():
+        if name.endswith((".dense", ".wo")):
+            module.register_forward_hook(lambda module, args, output: called.append(1))
+    adapters = LoraConfig(target_modules=["dense", "wo"], r=2, bias="all")
+    adapted = get_peft_model(copy.deepcopy(model), adapters).train()  # adapters begin with zero
+    results = []
+    for variant in (model, hooked, adapted):
+        torch.manual_seed(4)
+        loss = variant(**batch).loss
+        loss.backward()
+        biases = {
+            name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter.grad
+            for name, parameter in variant.named_parameters()
+            if name.endswith("bias")
+        }
+        results.append((loss.detach(), biases))
+    assert len(called) >= 2 * len(model.bert.encoder.layer)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
 
 def test_ngrams_reach_only_their_own_sequence(config, make_batch):

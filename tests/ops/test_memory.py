@@ -56,21 +56,31 @@ def saved_bytes(function) -> tuple[torch.Tensor, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("warps_per_sm", [8, 12, 16])
 @pytest.mark.parametrize("num_tokens, num_ngrams, num_edges", SIZES)
-def test_residual_layer_norm(num_tokens, num_ngrams, num_edges, warps_per_sm, device, allocated, monkeypatch):
-    """A program of the backward for each of the `WARPS_PER_SM` warps, as it stands at the launch."""
-    monkeypatch.setattr(triton_impl, "WARPS_PER_SM", warps_per_sm)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_residual_layer_norm(
+    num_tokens, num_ngrams, num_edges, dropout_p, warps_per_sm, device, allocated, monkeypatch
+):
+    """A program of the backward for each of the `WARPS_PER_SM` warps, as it stands at the launch.
+
+    Of drop-out the seed alone is kept, and there is one more gradient; the other bias takes one more vector.
+    """
+    name = "WARPS_PER_SM_WITH_DROPOUT" if dropout_p else "WARPS_PER_SM"
+    monkeypatch.setattr(triton_impl, name, warps_per_sm)
     (x, residual, weight, bias, ngrams), edges = make_inputs(num_tokens, num_ngrams, num_edges, device)
     allocated.clear()
     inputs = (x, residual, weight, bias, 0.5, ngrams, edges)
-    output, saved = saved_bytes(lambda: residual_layer_norm(*inputs, impl="triton"))
+    dropout = dict(dropout_p=dropout_p, seed=torch.tensor(7, device=device) if dropout_p else None, x_bias=bias)
+    output, saved = saved_bytes(lambda: residual_layer_norm(*inputs, **dropout, impl="triton"))
     row, statistics = 4 * HIDDEN_SIZE, 2 * 4 * num_tokens
     indices = 4 * (num_tokens + 1 + num_edges) + 4 * (num_ngrams + 1 + num_edges)
-    assert saved == 2 * num_tokens * row + row + statistics + indices
+    seed = 8 * (dropout_p > 0)
+    assert saved == 2 * num_tokens * row + row + statistics + indices + seed
     assert sum(allocated) == num_tokens * row + statistics
     allocated.clear()
     torch.autograd.grad(output.sum(), (x, residual, weight, bias, ngrams))
     num_programs = warps_per_sm if device.type == "cpu" else num_tokens  # a GPU has more than there are tokens
-    assert sum(allocated) == (num_tokens + num_ngrams + 2 * num_programs) * row
+    num_gradients = num_tokens * (1 + (dropout_p > 0)) + num_ngrams
+    assert sum(allocated) == (num_gradients + 3 * num_programs) * row
 
 
 @pytest.mark.slow

@@ -9,20 +9,21 @@ import torch.nn.functional as F
 
 from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_fusion import ngram_fusion, residual_layer_norm
-from dnazen_kernels.ngram_fusion.reference import ngram_fusion_dense
+from dnazen_kernels.ngram_fusion.reference import keep_mask, ngram_fusion_dense
 from dnazen_kernels.ngram_matching import NgramTable, ngram_matching
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 HIDDEN_SIZES = [48, 64, 768, 37]
 EDGES = ["none", "no_ngrams", "one", "duplicates", "one_over_all", "fourteen", "empty_rows", "unused"]
 LAYOUTS = ["contiguous", "sliced"]
-# Every pair of values meets in some case (test_cases_cover_all_pairs); all four of every kind would be 256 cases.
+DROPOUT = [0.0, 0.1, 0.37, 0.5]
+# Every pair of values meets in some case (test_cases_cover_all_pairs); all of every kind would be 1024 cases.
 CASES = [
-    (dtype, HIDDEN_SIZES[(d + e) % 4], pattern, LAYOUTS[(d // 2 + e) % 2])
+    (dtype, HIDDEN_SIZES[(d + e) % 4], pattern, LAYOUTS[(d // 2 + e) % 2], DROPOUT[(d + 3 * e + e // 4) % 4])
     for (d, dtype), (e, pattern) in itertools.product(enumerate(DTYPES), enumerate(EDGES))
 ]
 over_cases = pytest.mark.parametrize(
-    "dtype, hidden_size, pattern, layout", CASES, ids=lambda value: str(value).removeprefix("torch.")
+    "dtype, hidden_size, pattern, layout, dropout_p", CASES, ids=lambda value: str(value).removeprefix("torch.")
 )
 NUM_TOKENS = 37  # no multiple of a block, of the unrolled edges, or of the backward's programs
 EPS = 0.5  # large enough to matter against a variance of about 2
@@ -77,9 +78,13 @@ def run(function, inputs, grad_output):
     return output.detach(), *torch.autograd.grad(output, inputs, grad_output)
 
 
-def dense_residual_layer_norm(x, residual, weight, bias, ngrams, matrix):
-    """The definition."""
-    hidden_states = F.layer_norm(x + residual, weight.shape, weight, bias, EPS)
+def dense_residual_layer_norm(x, residual, weight, bias, ngrams, x_bias, matrix, dropout_p, seed):
+    """The definition; `x` holds `x_bias` already, so that it is added and taken away again, for the gradient's sake."""
+    x = x - x_bias.detach() + x_bias
+    num_dropped = round(65536 * dropout_p)
+    kept = keep_mask(seed, *x.shape, num_dropped, x.dtype)
+    hidden_states = x * kept / (1 - num_dropped / 65536) + residual
+    hidden_states = F.layer_norm(hidden_states, weight.shape, weight, bias, EPS)
     return ngram_fusion_dense(hidden_states[None], ngrams[None], matrix[None])[0]
 
 
@@ -102,16 +107,16 @@ def assert_close_to_truth(names, truth, found, sizes, eager=None):
 
 
 def test_cases_cover_all_pairs():
-    for left, right in itertools.combinations(range(4), 2):
+    for left, right in itertools.combinations(range(5), 2):
         values = [{case[position] for case in CASES} for position in (left, right)]
         assert {(case[left], case[right]) for case in CASES} == set(itertools.product(*values))
-    assert [len({case[position] for case in CASES}) for position in range(4)] == [4, 4, 8, 2]
+    assert [len({case[position] for case in CASES}) for position in range(5)] == [4, 4, 8, 2, 4]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @over_cases
-def test_ngram_fusion(dtype, hidden_size, pattern, layout, impl, device, poisoned_memory):
+def test_ngram_fusion(dtype, hidden_size, pattern, layout, dropout_p, impl, device, poisoned_memory):
     """Forward and every gradient against fp64 truth on the same (rounded) inputs."""
     matrix = make_matrix(pattern)
     shapes = [(NUM_TOKENS, hidden_size), (matrix.shape[1], hidden_size), (NUM_TOKENS, hidden_size)]
@@ -133,37 +138,45 @@ def test_ngram_fusion(dtype, hidden_size, pattern, layout, impl, device, poisone
         assert ours[2][3].abs().min() > 0
 
 
-NAMES = ("output", "grad_x", "grad_residual", "grad_weight", "grad_bias", "grad_ngram")
+NAMES = ("output", "grad_x", "grad_residual", "grad_weight", "grad_bias", "grad_ngram", "grad_x_bias")
 
 
-def check_residual_layer_norm(dtypes, hidden_size, matrix, edges, layout, device):
-    """`dtypes` of x, residual, weight, bias and G-grams."""
-    rows = (NUM_TOKENS, NUM_TOKENS, None, None, matrix.shape[1])
+def check_residual_layer_norm(dtypes, hidden_size, matrix, edges, layout, device, dropout_p=0.0):
+    """`dtypes` of x, residual, weight, bias and G-grams; the bias in x has that of bias."""
+    dtypes, seed = [*dtypes, dtypes[3]], torch.tensor(2**62 + 12345, device=device)
+    rows = (NUM_TOKENS, NUM_TOKENS, None, None, matrix.shape[1], None)
     shapes = [(hidden_size,) if n is None else (n, hidden_size) for n in rows]
     inputs = [randn(*shape, dtype=dtype, device=device, layout=layout) for shape, dtype in zip(shapes, dtypes)]
     grad_dtype = torch.promote_types(*dtypes[:2])
     grad = randn(NUM_TOKENS, hidden_size, dtype=grad_dtype, device=device, layout=layout)
     dense = matrix.double().to(device)
-    truth = run(lambda *args: dense_residual_layer_norm(*args, dense), [x.double() for x in inputs], grad.double())
+    truth = run(
+        lambda *args: dense_residual_layer_norm(*args, dense, dropout_p, seed),
+        [x.double() for x in inputs], grad.double(),
+    )  # fmt: skip
+
+    def normalize(x, residual, weight, bias, ngrams, x_bias, impl):
+        dropout = dict(dropout_p=dropout_p, seed=seed, x_bias=x_bias)
+        return residual_layer_norm(x, residual, weight, bias, EPS, ngrams, edges, **dropout, impl=impl)
+
     reference, ours = (
-        run(lambda x, r, w, b, g: residual_layer_norm(x, r, w, b, EPS, g, edges, impl=impl), inputs, grad)
-        for impl in ("reference", "triton")
+        run(lambda *args, impl=impl: normalize(*args, impl), inputs, grad) for impl in ("reference", "triton")
     )
     assert ours[0].dtype == grad_dtype
     sizes = (hidden_size, NUM_TOKENS)
     assert_close_to_truth(NAMES, truth, ours, sizes, eager=reference)
     if min(torch.finfo(dtype).bits for dtype in dtypes) >= 32:
         assert_close_to_truth(NAMES, truth, reference, sizes)
-    for name, gradient in zip(NAMES[1:5], ours[1:5]):
-        assert gradient.abs().max() > 0.1, name
+    for name, gradient in zip(NAMES, ours):
+        assert not gradient.numel() or name == "grad_ngram" or gradient.abs().max() > 0.1, name
 
 
 @pytest.mark.slow
 @over_cases
-def test_residual_layer_norm(dtype, hidden_size, pattern, layout, device, poisoned_memory):
+def test_residual_layer_norm(dtype, hidden_size, pattern, layout, dropout_p, device, poisoned_memory):
     matrix = make_matrix(pattern)
     edges = make_edges(matrix, torch.int64 if layout == "sliced" else torch.int32, device, 5 * (pattern == "unused"))
-    check_residual_layer_norm([dtype] * 5, hidden_size, matrix, edges, layout, device)
+    check_residual_layer_norm([dtype] * 5, hidden_size, matrix, edges, layout, device, dropout_p)
 
 
 @pytest.mark.slow
@@ -171,7 +184,7 @@ def test_residual_layer_norm(dtype, hidden_size, pattern, layout, device, poison
 def test_rows_over_several_vectors_and_warps(hidden_size, device, poisoned_memory):
     matrix = make_matrix("empty_rows")
     edges = make_edges(matrix, device=device)
-    check_residual_layer_norm([torch.bfloat16] * 5, hidden_size, matrix, edges, "contiguous", device)
+    check_residual_layer_norm([torch.bfloat16] * 5, hidden_size, matrix, edges, "contiguous", device, 0.1)
 
 
 @pytest.mark.slow
@@ -188,7 +201,7 @@ def test_mixed_dtypes(dtypes, device, poisoned_memory):
     """The output is in the type of x + residual, every gradient in that of its tensor."""
     matrix = make_matrix("empty_rows")
     edges = make_edges(matrix, device=device)
-    check_residual_layer_norm(dtypes, 48, matrix, edges, "contiguous", device)
+    check_residual_layer_norm(dtypes, 48, matrix, edges, "contiguous", device, 0.1)
     hidden, ngrams, grad = (
         randn(n, 48, dtype=dtype, device=device)
         for n, dtype in ((NUM_TOKENS, dtypes[0]), (15, dtypes[4]), (NUM_TOKENS, dtypes[0]))
@@ -256,10 +269,14 @@ def test_gradcheck(impl, device):
         randn(*shape, dtype=torch.float64, device=device).requires_grad_() for shape in shapes
     )
     assert torch.autograd.gradcheck(lambda h, g: ngram_fusion(h, g, edges, impl=impl), (x, ngrams))
-    inputs = (x, residual, weight, bias, ngrams)
-    assert torch.autograd.gradcheck(
-        lambda x, r, w, b, g: residual_layer_norm(x, r, w, b, EPS, g, edges, impl=impl), inputs
-    )
+    seed, (product, x_bias) = torch.tensor(7, device=device), (x, weight.detach().clone().requires_grad_())
+
+    def normalize(product, x_bias, residual, weight, bias, ngrams):
+        dropout = dict(dropout_p=0.3, seed=seed, x_bias=x_bias)
+        x = product + x_bias.detach()
+        return residual_layer_norm(x, residual, weight, bias, EPS, ngrams, edges, **dropout, impl=impl)
+
+    assert torch.autograd.gradcheck(normalize, (product, x_bias, residual, weight, bias, ngrams))
 
 
 @pytest.mark.slow
@@ -271,8 +288,14 @@ def test_same_bits_on_every_run(device):
     inputs = [randn(*shape, dtype=torch.bfloat16, device=device) for shape in shapes]
     grad = randn(num_tokens, hidden_size, dtype=torch.bfloat16, device=device)
 
+    dropout, (x, residual, *parameters, ngrams) = dict(dropout_p=0.1, seed=torch.tensor(7, device=device)), inputs
+
+    def normalize(x, residual, weight, bias, ngrams, x_bias):
+        more = dict(**dropout, x_bias=x_bias, impl="triton")
+        return residual_layer_norm(x, residual, weight, bias, EPS, ngrams, edges, **more)
+
     def run_both():
-        fused = run(lambda x, r, w, b, g: residual_layer_norm(x, r, w, b, EPS, g, edges, impl="triton"), inputs, grad)
+        fused = run(normalize, (x, residual, *parameters, ngrams, parameters[1]), grad)
         return *fused, *run(lambda h, g: ngram_fusion(h, g, edges, impl="triton"), (inputs[0], inputs[4]), grad)
 
     first = run_both()
@@ -287,11 +310,12 @@ def operator_arguments(device):
         for shape in ((5, 8), (5, 8), (8,), (8,), (3, 8))
     )
     rows = [torch.ones(5, device=device) for _ in range(2)]
-    norm = (x, residual, weight, bias, EPS)
+    norm, seed = (x, residual, weight, bias, EPS), torch.tensor(7, device=device)
+    norm_gradient = tuple(t.detach() for t in (x, x, residual, weight, *rows))
     return {
         "ngram_fusion": [(x, ngrams, *edges), (None, ngrams, *edges)],
-        "residual_layer_norm": [(*norm, ngrams, *edges), (*norm, *[None] * 5)],
-        "residual_layer_norm_backward": [tuple(t.detach() for t in (x, x, residual, weight, *rows))],
+        "residual_layer_norm": [(*norm, ngrams, *edges, 0, None, None), (*norm, *[None] * 5, 20000, seed, bias)],
+        "residual_layer_norm_backward": [(*norm_gradient, 0, None, False), (*norm_gradient, 20000, seed, True)],
     }  # fmt: skip
 
 
@@ -304,15 +328,21 @@ def test_opcheck(name, device):
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_compiles_without_a_graph_break(impl, device):
-    x, residual, weight, bias, _, ngrams, *views = operator_arguments(device)["residual_layer_norm"][0]
+    x, residual, weight, bias, _, ngrams, *views = operator_arguments(device)["residual_layer_norm"][0][:10]
     edges = NgramEdges(*views)
 
-    def function(x, r, w, b, g):
-        return residual_layer_norm(ngram_fusion(x, g, edges, impl=impl), r, w, b, EPS, g, edges, impl=impl)
+    def function(x, r, w, b, g, x_bias):
+        dropout = dict(dropout_p=0.3, seed=torch.randint(2**63 - 1, (), device=device), x_bias=x_bias)
+        x = ngram_fusion(x, g, edges, impl=impl)
+        return residual_layer_norm(x, r, w, b, EPS, g, edges, **dropout, impl=impl)
 
-    inputs, grad = (x, residual, weight, bias, ngrams), torch.randn(x.shape).to(device)
+    inputs, grad = (x, residual, weight, bias, ngrams, bias), torch.randn(x.shape).to(device)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for expected, found in zip(run(function, inputs, grad), run(compiled, inputs, grad), strict=True):
+    results = []
+    for variant in (function, compiled):
+        torch.manual_seed(1)
+        results.append(run(variant, inputs, grad))
+    for expected, found in zip(*results, strict=True):
         assert torch.equal(expected, found)
 
 
@@ -386,17 +416,26 @@ def test_contract_of_ngram_fusion(change, error, message):
         ({2: torch.zeros(4).long()}, TypeError, "weight must be floating point, got torch.int64"),
         ({6: None}, ValueError, "ngram_hidden_states and edges must be given both or neither"),
         ({5: torch.zeros(2, 5)}, ValueError, r"ngram_hidden_states must have shape \[rows, 4\], got \[2, 5\]"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\), got 1.0"),
+        ({"seed": None}, ValueError, "seed must be given with dropout_p 0.1, got None"),
+        ({"seed": torch.tensor(1.0)}, TypeError, "seed must be torch.int64, got torch.float32"),
+        ({"seed": torch.zeros(2).long()}, ValueError, r"seed must have shape \[\], got \[2\]"),
+        ({"x_bias": torch.zeros(5)}, ValueError, r"x_bias must have shape \[4\], got \[5\]"),
     ],
-    ids=["dtype", "columns", "rows", "bias", "weight", "weight_dtype", "some", "ngrams"],
-)
+    ids=[
+        "dtype", "columns", "rows", "bias", "weight", "weight_dtype", "some", "ngrams", "dropout", "no_seed",
+        "seed_dtype", "seed", "x_bias",
+    ],
+)  # fmt: skip
 def test_contract_of_residual_layer_norm(change, error, message):
     parameters = [torch.zeros(4), torch.zeros(4), EPS]
     edges = make_edges(torch.zeros(3, 2))
     arguments = [torch.zeros(3, 4), torch.zeros(3, 4), *parameters, torch.zeros(2, 4), edges]
+    dropout = {"dropout_p": 0.1, "seed": torch.tensor(1)}
     for position, value in change.items():
-        arguments[position] = value
+        (dropout if isinstance(position, str) else arguments)[position] = value
     with pytest.raises(error, match=message):
-        residual_layer_norm(*arguments)
+        residual_layer_norm(*arguments, **dropout)
 
 
 def test_dense_definition_accumulates_in_fp32_under_autocast():

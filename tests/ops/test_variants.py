@@ -70,8 +70,9 @@ def run_fusions(batch: dict, device: torch.device) -> None:
         torch.ones(shape, dtype=torch.bfloat16, device=device).requires_grad_() for shape in shapes
     )
     edges = NgramEdges(*(batch[name] for name in NgramEdges._fields))
-    states = residual_layer_norm(x, residual, weight, bias, 1e-12, impl="triton")
-    states = residual_layer_norm(states, residual, weight, bias, 1e-12, ngrams, edges, impl="triton")
+    options = dict(dropout_p=0.1, seed=torch.tensor(7, device=device), x_bias=bias, impl="triton")
+    states = residual_layer_norm(x, residual, weight, bias, 1e-12, **options)
+    states = residual_layer_norm(states, residual, weight, bias, 1e-12, ngrams, edges, **options)
     ngram_fusion(states, ngrams, edges, impl="triton").sum().backward()
 
 

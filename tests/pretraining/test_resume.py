@@ -63,6 +63,18 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(prepared, straight_run, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["zero2-2", "zero3-2"])
+def test_processes_draw_drop_out_of_their_own(straight_run, layout):
+    states = [straight_run(layout) / "checkpoint-8" / f"rng_state_{rank}.pth" for rank in (0, 1)]
+    generators = [torch.Generator() for _ in states]
+    for generator, path in zip(generators, states, strict=True):
+        generator.set_state(torch.load(path, weights_only=False)["cpu"])
+    assert [generator.initial_seed() for generator in generators] == [42, 43]
+    first, second = (torch.randint(2**63 - 1, (8,), generator=generator) for generator in generators)
+    assert not (first == second).any()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kill_at, layout",
     [
