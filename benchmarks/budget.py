@@ -27,8 +27,9 @@ from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
-from torch._inductor.scheduler import Scheduler
+from torch._inductor.scheduler import BaseSchedulerNode, Scheduler, SchedulerNode
 from torch._inductor.virtualized import V
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.attention import SHAPES
@@ -40,8 +41,10 @@ from dnazen.files import read_json, write_json
 from dnazen.layers.encoder import NgramLayer, TokenLayer
 from dnazen.layers.fusion import packed_add_norm
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
-from dnazen.pretraining.arguments import RECIPES
+from dnazen.planning.kernel import Kernel, Part
+from dnazen.planning.step import BatchShape, attention_kernels
 from dnazen.pretraining.bench.flops import training_flops
+from dnazen.sizes import RECIPES
 from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_masking import IGNORE_INDEX
 
@@ -56,27 +59,7 @@ OPTIMIZER_BYTES, OPTIMIZER_BYTES_IF_LARGE = 84, 76
 ZERO_2 = read_json(ROOT / "ds_configs" / "zero2.json", "a configuration of DeepSpeed's")["zero_optimization"]
 
 
-class Kernel(NamedTuple):
-    """Something launched once."""
-
-    num_bytes: float
-    flops: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return max(self.num_bytes / BANDWIDTH, self.flops / FLOPS)
-
-
-class Part(NamedTuple):
-    """A part of the step, and how many times the step has it."""
-
-    name: str
-    times: int
-    kernels: list[Kernel]
-
-    @property
-    def seconds(self) -> float:
-        return self.times * sum(kernel.seconds for kernel in self.kernels)
+Counted = tuple[list[Kernel], list[Kernel]]  # of forward and backward
 
 
 class EagerKernels(Traffic):
@@ -92,22 +75,29 @@ class EagerKernels(Traffic):
         if self.launches > before[0]:
             count = flop_registry.get(function.overloadpacket, lambda *_, **__: 0)
             flops = count(*args, **(kwargs or {}), out_val=result)
-            self.kernels.append(Kernel(self.num_bytes - before[1], flops))
+            self.kernels.append(kernel(self.num_bytes - before[1], flops, tree_leaves(result)[0].numel()))
             self.kernels += [Kernel(0)] * (self.launches - before[0] - 1)
         return result
 
 
-def eager_kernels(run: Callable[[], Tensor]) -> list[Kernel]:
-    """Of forward and backward, on the meta device, where nothing is computed."""
-    with EagerKernels() as recorder:
-        output = run()
-        output.backward(torch.empty_like(output))
-    return recorder.kernels
+def kernel(num_bytes: float, flops: float, outputs: int, draws: float = 0.0) -> Kernel:
+    """What was counted as a Kernel; FLOPs are those of a matrix product with so many outputs."""
+    return Kernel(num_bytes, flops, "matmul", flops / 2 / outputs, draws=draws) if flops else Kernel(num_bytes, draws=draws)
 
 
-def compiled_kernels(module: nn.Module, *args) -> list[Kernel]:
+def eager_kernels(run: Callable[[], Tensor], *beside: Tensor) -> Counted:
+    """Of forward and backward, on the meta device, where nothing is computed; gradients come from what is `beside`
+    too."""
+    with EagerKernels() as forward:
+        outputs = [run(), *beside]
+    with EagerKernels() as backward:
+        torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+    return forward.kernels, backward.kernels
+
+
+def compiled_kernels(module: nn.Module, *args) -> Counted:
     """Of forward and backward, as PyTorch's compiler schedules them; their results are made up, not computed."""
-    kernels: list[Kernel] = []
+    kernels: Counted = [], []
 
     def schedule(graph: torch.fx.GraphModule, example_inputs: list, is_backward: bool = False, **_) -> Callable:
         output = graph.graph.output_node()
@@ -118,8 +108,11 @@ def compiled_kernels(module: nn.Module, *args) -> list[Kernel]:
         fake_mode = detect_fake_mode(example_inputs)
         with V.set_debug_handler(DebugContext()), V.set_graph_handler(lowering), V.set_fake_mode(fake_mode):
             lowering.run(*example_inputs)
-            nodes = [node for node in Scheduler(lowering.operations).nodes if node.get_read_write_buffers_sizes()]
-            kernels.extend(Kernel(node.get_read_write_buffers_sizes(), node.estimate_flops() or 0) for node in nodes)
+            for node in Scheduler(lowering.operations).nodes:
+                if num_bytes := node.get_read_write_buffers_sizes():
+                    flops = node.estimate_flops() or 0
+                    outputs = int(node.get_outputs()[0].node.get_numel()) if flops else 1
+                    kernels[is_backward].append(kernel(num_bytes, flops, outputs, draws(node)))
 
         def run(inputs: list) -> list:
             inputs.clear()
@@ -138,17 +131,10 @@ def compiled_kernels(module: nn.Module, *args) -> list[Kernel]:
     return kernels
 
 
-def attention_kernels(lengths: Tensor, hidden_size: int) -> list[Kernel]:
-    """Of flash attention in bf16: one forward; backward a preparation, the gradients (for which scores are computed
-    again), a conversion."""
-    states = 2 * int(lengths.sum()) * hidden_size
-    product = 2 * float((lengths.double() ** 2).sum()) * hidden_size  # of two matrices
-    return [
-        Kernel(4 * states, 2 * product),
-        Kernel(2 * states),
-        Kernel(8 * states, 5 * product),
-        Kernel(2 * states),
-    ]
+def draws(node: BaseSchedulerNode) -> float:
+    """Blocks of random words that a kernel draws: the compiler's takes one word of each block of four."""
+    loops = [part for part in node.get_nodes() if isinstance(part, SchedulerNode)]
+    return float(sum(int(part.node.get_numel()) for part in loops if part._body.has_op("rand")))
 
 
 class AttentionStandIn(torch.autograd.Function):
@@ -163,13 +149,20 @@ class AttentionStandIn(torch.autograd.Function):
         return torch.empty_like(grad), torch.empty_like(grad), torch.empty_like(grad)
 
 
+def shape_of(batch: Batch) -> BatchShape:
+    """The sizes that a step on the batch follows from."""
+    masked = batch.masked
+    lengths, ngram_lengths = (offsets.diff().tolist() for offsets in (batch.cu_seqlens, masked.ngram_cu_seqlens))
+    num_masked = int((masked.labels != IGNORE_INDEX).sum())
+    return BatchShape(lengths, ngram_lengths, len(masked.edges.token_ngrams), num_masked)
+
+
 def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
-    """Everything in a step of one micro-batch in bf16."""
+    """Everything in forward and backward of one micro-batch in bf16, counted."""
     hidden, layers, fused = config.hidden_size, config.num_hidden_layers, config.num_hidden_ngram_layers
     masked, num_tokens = batch.masked, len(batch.input_ids)
     num_ngrams, num_edges = len(masked.ngram_input_ids), len(masked.edges.token_ngrams)
     num_masked = int((masked.labels != IGNORE_INDEX).sum())
-    lengths, ngram_lengths = batch.cu_seqlens.diff(), masked.ngram_cu_seqlens.diff()
     views = batch.input_ids.new_empty(num_tokens + num_ngrams + 2 + 2 * num_edges, dtype=torch.int32)
     edges = NgramEdges(*views.split([num_tokens + 1, num_edges, num_ngrams + 1, num_edges]))
     add_norm = packed_add_norm(edges, "triton")
@@ -183,53 +176,46 @@ def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
         return AttentionStandIn.apply(query, key, value), None
 
-    def projections(module: nn.Module, rows: int) -> list[Kernel]:
-        return eager_kernels(lambda: module.to("meta")(states(rows, device="meta"), attend)[0])
+    def projections(module: nn.Module, rows: int) -> Counted:
+        """And the sum of the gradient that comes through them with that of the residual beside them."""
+        residual, module = states(rows, device="meta").view(rows, hidden), module.to("meta")
+        return eager_kernels(lambda: module(residual, attend)[0], residual)
 
-    def residual_output(module: nn.Module, rows: int) -> list[Kernel]:
+    def residual_output(module: nn.Module, rows: int) -> Counted:
         return compiled_kernels(module, states(rows, module.dense.in_features), states(rows), add_norm)
 
-    def embeddings(module: nn.Module, rows: int) -> list[Kernel]:
+    def embeddings(module: nn.Module, rows: int) -> Counted:
         input_ids = torch.zeros(rows, dtype=torch.int64, device="meta")
         cu_seqlens = torch.zeros(2, dtype=torch.int32, device="meta")
         return eager_kernels(lambda: module(input_ids, cu_seqlens))
 
-    mlp, intermediate = token_layer.mlp, ngram_layer.intermediate
+    mlp, intermediate = token_layer.mlp, ngram_layer.intermediate.to("meta")
     head = model.cls["predictions"]
     labels = torch.zeros(num_masked, dtype=torch.int64, device="meta")
 
-    def inner(rows: int) -> list[Kernel]:
-        return eager_kernels(lambda: intermediate.to("meta")(states(rows, device="meta")))
+    def inner(rows: int) -> Counted:
+        return eager_kernels(lambda: intermediate(states(rows, device="meta")))
 
     def loss() -> Tensor:
         return F.cross_entropy(head(states(num_masked, device="meta")).float(), labels, reduction="sum")
 
-    numels = [parameter.numel() for parameter in model.parameters()]
-    large = sum(numel for numel in numels if numel > ZERO_2["reduce_bucket_size"])
-    optimizer = OPTIMIZER_BYTES * (sum(numels) - large) + OPTIMIZER_BYTES_IF_LARGE * large
+    shape = shape_of(batch)
     return [
-        *(Part(row.name, 1, [Kernel(row.num_bytes), *[Kernel(0)] * (row.launches - 1)]) for row in integer_rows(batch)),
-        Part("embeddings: tokens", 1, embeddings(model.bert.embeddings, num_tokens)),
-        Part("embeddings: G-grams", 1, embeddings(model.bert.ngram_embeddings, num_ngrams)),
-        Part("the token encoder: q, k, v", layers, projections(token_layer.attention.self, num_tokens)),
-        Part("the token encoder: attention", layers, attention_kernels(lengths, hidden)),
-        Part(
-            "the token encoder: attention's output", layers, residual_output(token_layer.attention.output, num_tokens)
-        ),
-        Part("the token encoder: MLP", layers - fused, compiled_kernels(mlp, states(num_tokens), add_norm, None)),
-        Part(
-            "the token encoder: MLP, then fusion",
-            fused,
-            compiled_kernels(mlp, states(num_tokens), add_norm, states(num_ngrams)),
-        ),
-        Part("G-grams: q, k, v", fused, projections(ngram_layer.attention.self, num_ngrams)),
-        Part("G-grams: attention", fused, attention_kernels(ngram_lengths, hidden)),
-        Part("G-grams: attention's output", fused, residual_output(ngram_layer.attention.output, num_ngrams)),
-        Part("G-grams: MLP, inner", fused, inner(num_ngrams)),
-        Part("G-grams: MLP, outer", fused, residual_output(ngram_layer.output, num_ngrams)),
-        Part("masked-language head", 1, eager_kernels(loss)),
-        Part("optimizer, one GPU", 1, [Kernel(optimizer)]),
-    ]
+        *(Part(row.name, 1, [Kernel(row.num_bytes / row.launches)] * row.launches, []) for row in integer_rows(batch)),
+        Part("embeddings: tokens", 1, *embeddings(model.bert.embeddings, num_tokens)),
+        Part("embeddings: G-grams", 1, *embeddings(model.bert.ngram_embeddings, num_ngrams)),
+        Part("tokens: q, k, v", layers, *projections(token_layer.attention.self, num_tokens)),
+        Part("tokens: attention", layers, *attention_kernels(shape.lengths, hidden)),
+        Part("tokens: attention's output", layers, *residual_output(token_layer.attention.output, num_tokens)),
+        Part("tokens: MLP", layers - fused, *compiled_kernels(mlp, states(num_tokens), add_norm, None)),
+        Part("tokens: MLP, then fusion", fused, *compiled_kernels(mlp, states(num_tokens), add_norm, states(num_ngrams))),
+        Part("G-grams: q, k, v", fused, *projections(ngram_layer.attention.self, num_ngrams)),
+        Part("G-grams: attention", fused, *attention_kernels(shape.ngram_lengths, hidden)),
+        Part("G-grams: attention's output", fused, *residual_output(ngram_layer.attention.output, num_ngrams)),
+        Part("G-grams: MLP, inner", fused, *inner(num_ngrams)),
+        Part("G-grams: MLP, outer", fused, *residual_output(ngram_layer.output, num_ngrams)),
+        Part("masked-language head", 1, *eager_kernels(loss)),
+    ]  # fmt: skip
 
 
 def print_table(parts: list[Part], owed_flops: float, num_tokens: int) -> None:
