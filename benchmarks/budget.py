@@ -16,7 +16,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
@@ -82,7 +82,11 @@ class EagerKernels(Traffic):
 
 def kernel(num_bytes: float, flops: float, outputs: int, draws: float = 0.0) -> Kernel:
     """What was counted as a Kernel; FLOPs are those of a matrix product with so many outputs."""
-    return Kernel(num_bytes, flops, "matmul", flops / 2 / outputs, draws=draws) if flops else Kernel(num_bytes, draws=draws)
+    return (
+        Kernel(num_bytes, flops, "matmul", flops / 2 / outputs, draws=draws)
+        if flops
+        else Kernel(num_bytes, draws=draws)
+    )
 
 
 def eager_kernels(run: Callable[[], Tensor], *beside: Tensor) -> Counted:

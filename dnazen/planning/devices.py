@@ -120,6 +120,7 @@ FLOOR = 4e-6  # a kernel that does nothing takes 2 us, and as much passes until 
 # Python, autograd and DeepSpeed's hooks between kernels: a step of `base` takes the host some 40 ms, by what its
 # operators take on a CPU (one of ours 180 us forward and backward, PyTorch's 50); a bare launch 5 us.
 LAUNCH, FASTEST_LAUNCH = 40e-6, 5e-6
+HOOK_LAUNCH = 10e-6  # of DeepSpeed's, a hook's Python included; assumed
 GAP = 1e-3  # the host's Python from one layer's launch to the next some are queued; assumed
 LINK_SHARE = 0.8  # 370 of NVLink's 450 GB/s (NCCL's maintainer, nccl-tests#212), 160 of an H800's 200 (DeepSeek-V3#28)
 BESIDE = 0.15  # NCCL's kernels hold some 20 of 132 multiprocessors; assumed

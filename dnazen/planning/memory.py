@@ -35,7 +35,9 @@ def parameters(config: Any) -> int:
     attention = 4 * (hidden * hidden + hidden) + norm
     token_layer = attention + 3 * hidden * inner + hidden + norm
     ngram_layer = attention + 2 * hidden * inner + inner + hidden + norm
-    embeddings = (vocab + config.ngram_vocab_size + 4) * hidden + 2 * norm + 2 * config.neighbor_window * hidden * hidden
+    embeddings = (
+        (vocab + config.ngram_vocab_size + 4) * hidden + 2 * norm + 2 * config.neighbor_window * hidden * hidden
+    )
     head = hidden * hidden + hidden + norm + vocab
     return config.num_hidden_layers * token_layer + config.num_hidden_ngram_layers * ngram_layer + embeddings + head
 

@@ -154,7 +154,12 @@ class _Layers:
         """Look-up, token type, neighbors on either side, LayerNorm, drop-out."""
         state, hidden = self.state(rows), self.hidden
         norm = state * 2 + 8 * rows + 4 * hidden
-        forward = [Kernel(2 * state + 8 * rows), Kernel(8 * rows + 8), Kernel(4 * hidden + 8), Kernel(2 * state + 2 * hidden)]
+        forward = [
+            Kernel(2 * state + 8 * rows),
+            Kernel(8 * rows + 8),
+            Kernel(4 * hidden + 8),
+            Kernel(2 * state + 2 * hidden),
+        ]
         backward = [Kernel(norm + state + 4 * hidden), Kernel(state + 2 * hidden), Kernel(2 * hidden * (types + 1) + 8)]
         if window:
             forward += [Kernel(8 * rows), Kernel(16 * rows), Kernel(16 * rows), Kernel(16 * rows)]
