@@ -1,25 +1,25 @@
-"""What one training step of the base model must compute and move, part by part, and the time that takes: predicted.
+"""What one training step must compute and move, part by part, and the time that takes: predicted.
 
     python -m benchmarks.budget [--fasta FILE --tokenizer DIR]
     python -m benchmarks.budget --corpus DIR --ngrams DIR [--model SIZE --tokens N] --output FILE
 
-Prints the table of README.md here, in Markdown; `--output` writes what `benchmarks.gpu` holds its measurements against,
-for a prepared corpus, as JSON. Needs no GPU. Kernels of compiled parts are those that PyTorch's
-compiler schedules for them; of the others, one for each of PyTorch's operations. A kernel takes as long as its
-arithmetic or its traffic, whichever is longer, at what was measured on an H200; traffic is each operand once, and
-launching costs nothing.
+Prints the tables of README.md here, in Markdown; `--output` writes what `benchmarks.gpu` holds its measurements
+against, for a prepared corpus, as JSON. Needs no GPU. The first table is counted: kernels of compiled parts are those
+that PyTorch's compiler schedules for them; of the others, one for each of PyTorch's operations. `dnazen.planning.step`
+has the same in closed form, which the other tables come from, and `dnazen.planning.devices` what it all costs.
 """
 
 # ruff: noqa: E402
 import argparse
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,30 +34,25 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.attention import SHAPES
 from benchmarks.batches import Batch, Genome, add_genome_arguments, load_genomes, make_batch, open_genome
-from benchmarks.roofline import LAUNCH_SECONDS, Traffic, implementation_rows, integer_rows
+from benchmarks.roofline import Traffic, implementation_rows, integer_rows
 from benchmarks.run import BATCH_TOKENS
-from benchmarks.yeast import ROOT
-from dnazen.files import read_json, write_json
+from dnazen.files import write_json
 from dnazen.layers.encoder import NgramLayer, TokenLayer
 from dnazen.layers.fusion import packed_add_norm
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
+from dnazen.planning.cost import Layout, Step, assemble, seconds_of, step
+from dnazen.planning.devices import GPUS, Gpu, Prices
 from dnazen.planning.kernel import Kernel, Part
-from dnazen.planning.step import BatchShape, attention_kernels
+from dnazen.planning.plan import MEAN_TOKENS, ModelShape, batch_of
+from dnazen.planning.step import PRESENT, BatchShape, Terms, attention_kernels
+from dnazen.planning.step import parts_of_step as step_parts
 from dnazen.pretraining.bench.flops import training_flops
-from dnazen.sizes import RECIPES
+from dnazen.sizes import RECIPES, SIZES
 from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_masking import IGNORE_INDEX
 
-FLOPS, BANDWIDTH, DATASHEET_FLOPS = 790e12, 4.3e12, 990e12  # per second: measured, measured, and what MFU divides by
 SEQUENCE_LENGTH = 512
 NGRAM_VOCAB_SIZE = 162_708  # published
-# Read and written for a parameter, from its gradient to its new weight, by DeepSpeed 0.19.8 on one process under
-# ds_configs/zero2.json, kernel by kernel (stage_1_and_2.py). Of the gradient, in bf16: to the bucket 4, divided 4,
-# joined 4, copied back 4; in fp32: the sum zeroed 4, converted 6, added 12, norm 4, clipped 8; AdamW 28; bf16 weight 6.
-# The reduction is nothing. A parameter larger than a bucket is neither copied to it nor joined with others.
-OPTIMIZER_BYTES, OPTIMIZER_BYTES_IF_LARGE = 84, 76
-ZERO_2 = read_json(ROOT / "ds_configs" / "zero2.json", "a configuration of DeepSpeed's")["zero_optimization"]
-
 
 Counted = tuple[list[Kernel], list[Kernel]]  # of forward and backward
 
@@ -193,6 +188,7 @@ def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
         cu_seqlens = torch.zeros(2, dtype=torch.int32, device="meta")
         return eager_kernels(lambda: module(input_ids, cu_seqlens))
 
+    ngram_states = states(num_ngrams)
     mlp, intermediate = token_layer.mlp, ngram_layer.intermediate.to("meta")
     head = model.cls["predictions"]
     labels = torch.zeros(num_masked, dtype=torch.int64, device="meta")
@@ -212,7 +208,7 @@ def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
         Part("tokens: attention", layers, *attention_kernels(shape.lengths, hidden)),
         Part("tokens: attention's output", layers, *residual_output(token_layer.attention.output, num_tokens)),
         Part("tokens: MLP", layers - fused, *compiled_kernels(mlp, states(num_tokens), add_norm, None)),
-        Part("tokens: MLP, then fusion", fused, *compiled_kernels(mlp, states(num_tokens), add_norm, states(num_ngrams))),
+        Part("tokens: MLP, then fusion", fused, *compiled_kernels(mlp, states(num_tokens), add_norm, ngram_states)),
         Part("G-grams: q, k, v", fused, *projections(ngram_layer.attention.self, num_ngrams)),
         Part("G-grams: attention", fused, *attention_kernels(shape.ngram_lengths, hidden)),
         Part("G-grams: attention's output", fused, *residual_output(ngram_layer.attention.output, num_ngrams)),
@@ -222,19 +218,134 @@ def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
     ]  # fmt: skip
 
 
-def print_table(parts: list[Part], owed_flops: float, num_tokens: int) -> None:
-    """Markdown, and what it comes to."""
-    print("\n| | times | launches of one | GFLOP | MB | ms at 790 TFLOP/s | ms at 4.3 TB/s | ms |\n" + "|---" * 8 + "|")
-    for name, times, kernels in parts:
-        flops, num_bytes = (times * sum(column) for column in zip(*((k.flops, k.num_bytes) for k in kernels)))
-        seconds = flops / FLOPS, num_bytes / BANDWIDTH, Part(name, times, kernels).seconds
-        cells = [name, times, len(kernels), f"{flops / 1e9:,.0f}", f"{num_bytes / 1e6:,.0f}"]
-        print("|", " | ".join(map(str, [*cells, *(f"{1e3 * value:.2f}" for value in seconds)])), "|")
-    seconds, launches = sum(part.seconds for part in parts), sum(part.times * len(part.kernels) for part in parts)
-    print(f"\n{launches:,} launches, {1e3 * LAUNCH_SECONDS * launches:.1f} ms of the host's time")
-    print(f"owed: {owed_flops / 1e12:.2f} TFLOP, {owed_flops / num_tokens / 1e9:.3f} GFLOP a token")
-    mfu = owed_flops / seconds / DATASHEET_FLOPS
-    print(f"at best {1e3 * seconds:.1f} ms, {num_tokens / seconds:,.0f} tokens/s, MFU {mfu:.1%}")
+def rows(header: list[str], cells: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(map(str, line))} |" for line in (header, *cells)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def step_table(config: DNAZenConfig, parts: list[Part], num_tokens: int, owed_flops: float) -> str:
+    """The parts of a step of one micro-batch on one H200 under ZeRO-2, and what it comes to, without accumulation and
+    with four micro-batches."""
+    prices = [prices_of(config, GPUS["H200"], expected) for expected in (False, True)]
+    lines = []
+    for part in parts:
+        counts = f"{part.total('flops') / 1e9:,.0f}", f"{part.total('num_bytes') / 1e6:,.0f}"
+        times = (f"{1e3 * part.seconds(price):.2f}" for price in prices)
+        lines.append([part.name, part.times, len(part.kernels), *counts, *times])
+    text = [rows(["", "times", "launches of one", "GFLOP", "MB", "optimistic, ms", "expected, ms"], lines)]
+    text.append(f"\n{sum(part.launches for part in parts):,} launches\n")
+    lines = []
+    for accumulation in (1, 4):
+        steps = [assemble(config, parts, num_tokens, price, Layout(accumulation=accumulation)) for price in prices]
+        for name in Step._fields[:-1]:
+            values = (f"{1e3 * getattr(step, name) / accumulation:.2f}" for step in steps)
+            lines.append([f"{accumulation} micro-batch(es): {name}", *values])
+        totals = (f"{1e3 * step.seconds / accumulation:.1f}" for step in steps)
+        lines.append([f"{accumulation} micro-batch(es): a micro-batch", *totals])
+        speeds = (step.tokens_per_second for step in steps)
+        lines.append(["tokens/s; MFU", *(speed_and_mfu(speed, owed_flops / num_tokens, "H200") for speed in speeds)])
+    text.append(rows(["ms of a micro-batch", "optimistic", "expected"], lines))
+    return "\n".join(text)
+
+
+def speed_and_mfu(tokens_per_second: float, flops_a_token: float, gpu: str) -> str:
+    """Of one GPU."""
+    return f"{tokens_per_second / 1e3:,.0f} k; {tokens_per_second * flops_a_token / GPUS[gpu].peak:.0%}"
+
+
+def prices_of(config: Any, gpu: Gpu, expected: bool, attention: str = "flash_attention_4") -> Prices:
+    return gpu.prices(attention, config.hidden_size // config.num_attention_heads, expected)
+
+
+def flops_of(config: Any, shape: BatchShape) -> float:
+    """FLOPs that a micro-batch owes."""
+    return training_flops(config, np.array(shape.lengths), np.array(shape.ngram_lengths), shape.num_masked)
+
+
+def shape_of_ecoli(num_tokens: int, mean: int = MEAN_TOKENS) -> BatchShape:
+    """A micro-batch of sequences of so many tokens, with E. coli's G-grams after masking."""
+    return batch_of(num_tokens, mean, 0.058, 0.119, 0.18)
+
+
+def machine_table() -> str:
+    """Every size on each GPU, alone and with seven others, with and without accumulation: tokens/s of a GPU and MFU."""
+    lines = []
+    for model in SIZES:
+        config = ModelShape.of(model)
+        shape = shape_of_ecoli(RECIPES[model].max_batch_tokens)
+        owed_flops = flops_of(config, shape) / shape.num_tokens
+        for name in ("H100", "H200", "H800"):
+            cells = []
+            for count in (1, 8):
+                for accumulation in (1, 4):
+                    layout = Layout(count, accumulation=accumulation)
+                    both = (
+                        step(config, shape, GPUS[name], "flash_attention_4", layout, expected=e) for e in (False, True)
+                    )
+                    cells.append(" / ".join(speed_and_mfu(s.tokens_per_second / count, owed_flops, name) for s in both))
+            lines.append([f"{model}, {name}", *cells])
+    return rows(
+        ["tokens/s of a GPU; MFU: optimistic / expected", "1", "1, 4 micro-batches", "8", "8, 4 micro-batches"], lines
+    )
+
+
+def attention_table() -> str:
+    """Each back-end on one H200: ms of all token layers' attention, and tokens/s."""
+    lines = []
+    for model in ("base", "large", "xlarge"):
+        config, gpu = ModelShape.of(model), GPUS["H200"]
+        shape = shape_of_ecoli(RECIPES[model].max_batch_tokens)
+        for name in gpu.attention:
+            parts = [part for part in step_parts(config, shape) if part.name == "tokens: attention"]
+            cells = [f"{1e3 * seconds_of(parts, prices_of(config, gpu, e, name), PRESENT):.1f}" for e in (False, True)]
+            found = step(config, shape, gpu, name, Layout(accumulation=4))
+            lines.append([f"{model}, {name}", *cells, f"{found.tokens_per_second / 1e3:,.0f} k"])
+    return rows(["", "optimistic, ms", "expected, ms", "tokens/s, expected, 4 micro-batches"], lines)
+
+
+def savings_table() -> str:
+    """`base` on one H200 with four micro-batches: what each of `Terms` saves, on top of those above it."""
+    config, shape, layout = ModelShape.of("base"), shape_of_ecoli(65_189), Layout(accumulation=4)
+    terms, lines, before = Terms(*[False] * len(Terms._fields)), [], None
+    for name in (None, *Terms._fields):
+        terms = terms if name is None else terms._replace(**{name: True})
+        parts = step_parts(config, shape, terms)
+        found = step(config, shape, GPUS["H200"], "flash_attention_4", layout, terms=terms)
+        now = [sum(part.launches for part in parts)]
+        now += [sum(part.total(field) for part in parts) for field in ("num_bytes", "flops")]
+        now.append(1e3 * found.seconds / 4)
+        less = [a - b for a, b in zip(before or now, now)]
+        saved = f"{less[0]:,.0f}", f"{less[1] / 1e9:.1f}", f"{less[2] / 1e12:.2f}", f"{less[3]:.1f}"
+        lines.append([name or "none of them", *saved, f"{now[3]:.1f}"])
+        before = now
+    return rows(["", "launches", "GB", "TFLOP", "ms", "a micro-batch, ms"], lines)
+
+
+def reference_seconds(config: Any, shape: BatchShape, padded: int, prices: Prices) -> float:
+    """Forward and backward of the reference in bf16, every sequence padded to `padded`: its fp32 scores cross memory
+    ten times a layer, what we have in one kernel each way (LayerNorm, residual, fusion) crosses it 11 states more."""
+    layers, rows_of = config.num_hidden_layers, padded * len(shape.lengths)
+    parts = step_parts(config, shape._replace(lengths=[padded] * len(shape.lengths)))
+    scores = config.num_attention_heads * float(padded) * rows_of
+    head_dim = config.hidden_size // config.num_attention_heads
+    product = Kernel(2 * scores, 2 * scores * head_dim, "matmul", head_dim)
+    attention = [product] * 2 + [Kernel(4 * scores)] * 4, [product] * 4 + [Kernel(4 * scores)] * 6
+    state = 2 * rows_of * config.hidden_size
+    apart = Part("one by one", 2 * layers, [Kernel(state)] * 7, [Kernel(state)] * 4)
+    parts = [part for part in parts if part.name != "tokens: attention"]
+    return seconds_of([*parts, Part("attention", layers, *attention), apart], prices, PRESENT)
+
+
+def reference_table() -> str:
+    """How many times as fast as the reference `base` is on one H200, by tokens of a sequence and its padding."""
+    config, lines = ModelShape.of("base"), []
+    prices = prices_of(config, GPUS["H200"], True)
+    for mean in (510, 405, 256, 128, 104, 70):
+        shape = shape_of_ecoli(65_536, mean)
+        ours = seconds_of(step_parts(config, shape), prices, PRESENT)
+        lines.append([mean, *(f"{reference_seconds(config, shape, to, prices) / ours:.1f}" for to in (512, mean))])
+    return rows(["tokens of every sequence", "padded to 512", "padded to the batch's longest, as long as all"], lines)
 
 
 def main() -> None:
@@ -256,46 +367,50 @@ def main() -> None:
     genome = load_genomes(args.fasta, args.tokenizer, (SEQUENCE_LENGTH,))[SEQUENCE_LENGTH]
     batch = make_batch(genome, RECIPES["base"].max_batch_tokens)
     config = DNAZenConfig.from_size("base", vocab_size=4096, ngram_vocab_size=NGRAM_VOCAB_SIZE)
-    print_table(parts_of_step(config, batch), owed(config, batch), len(batch.input_ids))
+    num_tokens = len(batch.input_ids)
+    tables = [step_table(config, parts_of_step(config, batch), num_tokens, flops_of(config, shape_of(batch)))]
+    print("\n\n".join([*tables, machine_table(), attention_table(), savings_table(), reference_table()]))
 
 
 def predict(genome: Genome, model: str, num_tokens: int, *operator_tokens: int) -> dict[str, Any]:
     """Of a step of `num_tokens` tokens: `ms`, `tokens_per_second`, `mfu`, `launches` and the `parts`' ms, the costliest
     first; of both shapes of `benchmarks.attention`: ms of forward and backward; of the implementations of the
-    operators, by the most tokens of a batch: ms of forward and backward together. All at what an H200 was measured at.
+    operators, by the most tokens of a batch: ms of forward and backward together. All optimistic, on an H200, and of
+    the step `expected_ms` too.
     """
     batch = make_batch(genome, num_tokens)
     sizes = {"vocab_size": genome.vocab_size, "ngram_vocab_size": 1 + max(genome.vocabulary.values())}
     config = DNAZenConfig.from_size(model, **sizes)
-    parts = parts_of_step(config, batch)
-    seconds = sum(part.seconds for part in parts)
+    parts, prices = parts_of_step(config, batch), prices_of(config, GPUS["H200"], False)
+    found, expected = (
+        assemble(config, parts, len(batch.input_ids), price, Layout())
+        for price in (prices, prices_of(config, GPUS["H200"], True))
+    )
     attention = {}
     for name, shape in SHAPES.items():
-        forward, *backward = attention_kernels(torch.from_numpy(shape.lengths()), 768)
-        attention[name] = {"fwd": 1e3 * forward.seconds, "bwd": 1e3 * sum(kernel.seconds for kernel in backward)}
+        forward, backward = attention_kernels(shape.lengths().tolist(), 768)
+        modes = {"fwd": forward, "bwd": backward}
+        attention[name] = {mode: 1e3 * sum(one.seconds(prices) for one in both) for mode, both in modes.items()}
     batches = {count: make_batch(genome, count) for count in operator_tokens}
     operators = {
         name: {
-            count: {row.name: 1e3 * row.seconds(BANDWIDTH) for row in implementation_rows(batch_of_count, name)}
-            for count, batch_of_count in batches.items()
+            count: {row.name: 1e3 * row.seconds(GPUS["H200"].copy) for row in implementation_rows(of_count, name)}
+            for count, of_count in batches.items()
         }
         for name in ("ngram_fusion", "residual_layer_norm")
     }
+    times = {part.name: 1e3 * part.seconds(prices) for part in parts}
+    times |= {name: 1e3 * getattr(found, name) for name in ("gradients", "optimizer")}
     return {
-        "ms": 1e3 * seconds,
-        "tokens_per_second": len(batch.input_ids) / seconds,
-        "mfu": owed(config, batch) / seconds / DATASHEET_FLOPS,
-        "launches": sum(part.times * len(part.kernels) for part in parts),
-        "parts": {part.name: 1e3 * part.seconds for part in sorted(parts, key=lambda part: -part.seconds)},
+        "ms": 1e3 * found.seconds,
+        "expected_ms": 1e3 * expected.seconds,
+        "tokens_per_second": found.tokens_per_second,
+        "mfu": flops_of(config, shape_of(batch)) / found.seconds / GPUS["H200"].peak,
+        "launches": sum(part.launches for part in parts),
+        "parts": dict(sorted(times.items(), key=lambda item: -item[1])),
         "attention": attention,
         "operators": operators,
     }
-
-
-def owed(config: DNAZenConfig, batch: Batch) -> float:
-    """FLOPs that a step on the batch owes, by the formula of `dnazen bench`."""
-    lengths, ngram_lengths = (offsets.diff().numpy() for offsets in (batch.cu_seqlens, batch.masked.ngram_cu_seqlens))
-    return training_flops(config, lengths, ngram_lengths, int((batch.masked.labels != IGNORE_INDEX).sum()))
 
 
 if __name__ == "__main__":

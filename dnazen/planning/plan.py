@@ -78,7 +78,7 @@ class Setting(NamedTuple):
         recipe = RECIPES.get(self.model, RECIPES["base"])
         masked = recipe.mlm_probability * (MASKED_FOR_DRAWN if recipe.whole_ngram_masking else 1)
         tokens = max(self.max_batch_tokens - MEAN_TOKENS // 2, min(self.max_batch_tokens, MEAN_TOKENS))
-        return batch_of(tokens, MEAN_TOKENS, NGRAMS_PER_TOKEN, masked)
+        return batch_of(tokens, MEAN_TOKENS, NGRAMS_PER_TOKEN, EDGES_PER_TOKEN, masked)
 
     def describe(self) -> str:
         """The flags of pretraining that it stands for."""
@@ -127,12 +127,14 @@ class Size(NamedTuple):
     tokens: float
 
 
-def batch_of(tokens: int, mean: int, ngrams_per_token: float, masked_share: float) -> BatchShape:
+def batch_of(
+    tokens: int, mean: int, ngrams_per_token: float, edges_per_token: float, masked_share: float
+) -> BatchShape:
     """A micro-batch of sequences of `mean` tokens, the last one shorter."""
     whole, rest = divmod(tokens, mean)
     lengths = [mean] * whole + [rest] * (rest > 0)
     ngrams = spread(round(ngrams_per_token * tokens), lengths)
-    return BatchShape(lengths, ngrams, round(EDGES_PER_TOKEN * tokens), round(masked_share * tokens))
+    return BatchShape(lengths, ngrams, round(edges_per_token * tokens), round(masked_share * tokens))
 
 
 def make_setting(
@@ -189,7 +191,7 @@ def calibrate(path: str) -> Calibration:
         raise InputError(f"{path}: expected bf16 under zero1, zero2 or zero3, found {found}")
     setting = Setting(model, gpu, Layout(stage=int(stage[1])), tokens, attention, False)
     masked = setting.batch.num_masked / setting.batch.num_tokens
-    batch = batch_of(tokens, mean, ngrams, masked)
+    batch = batch_of(tokens, mean, ngrams, ngrams * EDGES_PER_TOKEN / NGRAMS_PER_TOKEN, masked)
     predicted = step(setting.config, batch, gpu, attention, setting.layout)
     needed = memory(setting.config, batch, 1, setting.layout.stage).total
     return Calibration(predicted.tokens_per_second / speed, peak / needed, f"{path}: {model} on {device}")
@@ -231,10 +233,10 @@ def require_room(setting: Setting, calibration: Calibration) -> float:
     for model in sizes[: sizes.index(setting.model)] if setting.model in sizes else sizes:
         other = setting._replace(model=model, max_batch_tokens=RECIPES[model].max_batch_tokens)
         would += [f"--model {model}"] if model != "tiny" and fits(other) else []
-    remedy = "what would fit: " + ", or ".join(would) if would else "nothing here would make it fit: take a smaller one"
+    remedy = "what would fit: " + ", or ".join(would) if would else "no other setting would fit either"
     raise InputError(
-        f"model: expected at most the {setting.gpu.memory / 1e9:.0f} GB of a {setting.gpu.name}, found that "
-        f"`{setting.describe()}` needs {bytes_needed / 1e9:.0f} GB on each of {setting.layout.gpus}; {remedy}"
+        f"gpus: expected at most the {setting.gpu.memory / 1e9:.0f} GB that a {setting.gpu.name} has, found "
+        f"{bytes_needed / 1e9:.0f} GB on each, for {setting.describe()}; {remedy}"
     )
 
 

@@ -1,8 +1,8 @@
 """What corpus and G-grams of many bases take on a CPU: extrapolated from a measurement, not measured.
 
-Work is taken to grow with the bases, and to be shared by all cores but for what the first process does. For G-grams and
-distinct runs of linked pairs that is more than it will be: new ones become rarer, the more has been seen. What is not in
-it: disks slower than the cores, and memory bandwidth, which many cores share.
+Work is taken to grow with the bases, and to be shared by all cores but for what the first process does. For G-grams
+and distinct runs of linked pairs that is more than it will be: new ones become rarer, the more has been seen. What is
+not in it: disks slower than the cores, and memory bandwidth, which many cores share.
 """
 
 from typing import Any, NamedTuple

@@ -4,6 +4,7 @@ from dnazen.planning.devices import NETWORK
 from dnazen.planning.memory import parameters
 from dnazen.planning.plan import (
     BASES_PER_TOKEN,
+    CHECKPOINT_RATE,
     MEAN_TOKENS,
     NGRAMS_PER_TOKEN,
     SAVE_STEPS,
@@ -52,8 +53,8 @@ def format_plan(plan: Plan) -> str:
     best = take_step(setting, plan.calibration, expected=False)
     lines = [
         f"{setting.model}: {parameters(config) / 1e6:,.0f} million parameters on {machine(setting)}",
-        f"{count(plan.bases)} bases: {count(plan.tokens)} tokens, read {plan.epochs:g} times in {plan.steps:,} steps of "
-        f"{plan.step.tokens:,} tokens",
+        f"{count(plan.bases)} bases: {count(plan.tokens)} tokens, read {plan.epochs:g} times in {plan.steps:,} steps "
+        f"of {plan.step.tokens:,} tokens",
         f"a step {1e3 * plan.step.seconds:,.0f} ms (optimistic: {1e3 * best.seconds:,.0f}), "
         f"{plan.step.tokens_per_second:,.0f} tokens/s; predicted, not measured",
         "",
@@ -68,7 +69,8 @@ def format_plan(plan: Plan) -> str:
     if plan.checkpoints > 0.02 * plan.training:
         share = 100 * plan.checkpoints / plan.training
         lines.append(
-            f"- a checkpoint every {SAVE_STEPS} steps is {share:.0f} % of the training's time: raise --save-steps"
+            f"- a checkpoint every {SAVE_STEPS} steps, written and checked at {CHECKPOINT_RATE / 1e9:g} GB/s, is "
+            f"{share:.0f} % of the training's time: raise --save-steps"
         )
     return "\n".join(lines)
 
@@ -85,19 +87,17 @@ def assumptions(setting: Setting, calibration: Calibration) -> list[str]:
     lines = [
         "Assumed:",
         f"- {BASES_PER_TOKEN:.2f} bases a token, {MEAN_TOKENS} tokens a sequence, {NGRAMS_PER_TOKEN} G-grams a token "
-        "after masking, 162,708 G-grams unless the configuration says otherwise",
+        f"after masking, of {setting.config.ngram_vocab_size:,}",
         f"- attention by {setting.attention}, bf16, NVLink of {setting.gpu.link / 1e9:.0f} GB/s each way{network}; a "
         "loader that keeps up",
     ]
     if calibration.source:
         lines.append(
-            f"- {calibration.source}, measured, took {calibration.time:.2f} times the time and {calibration.memory:.2f} "
-            "times the memory predicted for it; so will this"
+            f"- {calibration.source}, measured, took {calibration.time:.2f} times the time and "
+            f"{calibration.memory:.2f} times the memory predicted for it; so will this"
         )
     else:
-        lines.append(
-            "- rates of published measurements; --bench takes one of yours (`dnazen bench`) and corrects by it"
-        )
+        lines.append("- rates of published measurements; --bench takes yours (of `dnazen bench`) and corrects by them")
     return lines
 
 
@@ -132,10 +132,8 @@ def format_sizes(sizes: list[Size], best: Size | None, hours: float, calibration
             verdict,
             "",
             *assumptions(sizes[0].setting, calibration),
-            f"- {wanted} (Hoffmann et al. 2022) is a rule for models that read text from left to right, each token "
-            "once; hidden tokens",
-            "  teach less at a time, and a small genome read many times teaches less each time: then a smaller model is "
-            "better",
+            f"- {wanted} is a rule for models that read text from left to right, each token once (Hoffmann et al.",
+            "  2022); hidden tokens teach less at a time, and so does a genome that is read again and again",
             "- parameters without the table of G-grams, of which a batch reads few rows",
         ]
     )
