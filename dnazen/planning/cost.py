@@ -7,16 +7,23 @@ from dnazen.planning.kernel import Kernel, Part
 from dnazen.planning.memory import BUCKET, parameters, table
 from dnazen.planning.step import PRESENT, BatchShape, Terms, parts_of_step
 
-# DeepSpeed 0.19.8 under ds_configs, counted on a CPU by tests/programs/step_traffic.py and step_operations.py, for one
-# process. Bytes read and written for a parameter: in a micro-batch from its gradient, bf16, to the sum over the step's
-# micro-batches (under ZeRO-2 the bucket 4, division 4, joining 4, copy back 4, conversion 6, sum 12; under ZeRO-1 an
-# addition but for the first), and once a step (under ZeRO-2 zeroing 4, norm 4, clipping 8, AdamW 28, new weight 6).
-# ZeRO-3's are taken as ZeRO-2's.
-MICRO_BYTES, STEP_BYTES = {1: 6, 2: 34, 3: 34}, {1: 64, 2: 50, 3: 50}
-# of the former, work on the gradient as it comes from one process, which more processes do not share
-OWN_BYTES = {1: 6, 2: 16, 3: 16}
-# operations for each of the model's tensors in each backward, and of the step itself
-MICRO_LAUNCHES, STEP_LAUNCHES = {1: 1, 2: 4, 3: 3}, {1: 65, 2: 61, 3: 298}
+
+class Moved(NamedTuple):
+    """Bytes that DeepSpeed reads and writes for a parameter."""
+
+    own: int  # of the gradient that a process has computed
+    shared: int  # of what all processes share: sums, moments, weights
+
+
+# DeepSpeed 0.19.8 under ds_configs, counted on a CPU by tests/programs/step_traffic.py and step_operations.py. In each
+# micro-batch, under ZeRO-2: the bucket 4, division 4, joining 4, copy back 4; conversion to fp32 6, sum 12. Under
+# ZeRO-1 the sum in bf16, but for the first. ZeRO-3 is taken as ZeRO-2.
+MICRO_BYTES = {1: Moved(6, 0), 2: Moved(16, 18), 3: Moved(16, 18)}
+# and once a step: zeroing 4, norm 4, clipping 8, AdamW 28, new weight 6; under ZeRO-1 all the rest
+STEP_BYTES = {1: Moved(16, 54), 2: Moved(0, 50), 3: Moved(0, 50)}
+LARGE_SPARES = 8  # of its own: a parameter larger than a bucket is neither copied to it nor joined with others
+# operations for each of the model's tensors in a micro-batch and in a step, and of the step itself
+MICRO_LAUNCHES, TENSOR_LAUNCHES, STEP_LAUNCHES = {1: 1, 2: 4, 3: 3}, {1: 2, 2: 0, 3: 0}, {1: 65, 2: 61, 3: 298}
 SYNCHRONISATIONS = 2  # of a step: whether the norm is finite, and to log it; under ZeRO-2 and 3 one more a micro-batch
 
 
@@ -118,19 +125,24 @@ def assemble(
     stage, times = layout.stage, layout.accumulation
     computing, count = seconds_of(parts, prices, terms), parameters(config)
     backward = computing - seconds_of(forward_only(parts), prices, terms)
-    micro, own, once = MICRO_BYTES[stage], OWN_BYTES[stage], STEP_BYTES[stage]
+
+    def moved(bytes_of: Moved) -> float:
+        spared = LARGE_SPARES * table(config) if table(config) > BUCKET and bytes_of.own > LARGE_SPARES else 0
+        return (bytes_of.own + bytes_of.shared / layout.gpus) * count - spared
+
     # one copy a tensor stands in line with the backward, all else runs beside it
     copies = [Kernel(4 * count / tensors(config))] * tensors(config) if stage > 1 else []
-    moved = (own + (micro - own) / layout.gpus) * count - sum(kernel.num_bytes for kernel in copies)
-    gradients = sum(kernel.seconds(prices) for kernel in copies) + moved / prices.bandwidth
-    update = [Kernel(once * count / layout.gpus / STEP_LAUNCHES[stage])] * STEP_LAUNCHES[stage]
+    beside = moved(MICRO_BYTES[stage]) - sum(kernel.num_bytes for kernel in copies)
+    gradients = sum(kernel.seconds(prices) for kernel in copies) + beside / prices.bandwidth
+    updates = STEP_LAUNCHES[stage] + TENSOR_LAUNCHES[stage] * tensors(config)
+    update = updates * Kernel(moved(STEP_BYTES[stage]) / updates).seconds(prices)
     launches = sum(part.launches for part in parts) * prices.launch
     launches += MICRO_LAUNCHES[stage] * tensors(config) * min(HOOK_LAUNCH, prices.launch)
     exchange = communication(config, layout, prices, backward)
     return Step(
         times * computing,
         (times - (stage == 1)) * gradients,
-        sum(kernel.seconds(prices) for kernel in update),
+        update,
         exchange,
         (SYNCHRONISATIONS + times * (stage > 1)) * prices.gap,
         times * max(0.0, launches - computing - gradients),
