@@ -235,18 +235,20 @@ def step_table(config: DNAZenConfig, parts: list[Part], num_tokens: int, owed_fl
         lines.append([part.name, part.times, len(part.kernels), *counts, *times])
     text = [rows(["", "times", "launches of one", "GFLOP", "MB", "optimistic, ms", "expected, ms"], lines)]
     text.append(f"\n{sum(part.launches for part in parts):,} launches\n")
-    lines = []
-    for accumulation in (1, 4):
-        steps = [assemble(config, parts, num_tokens, price, Layout(accumulation=accumulation)) for price in prices]
-        for name in Step._fields[:-1]:
-            values = (f"{1e3 * getattr(step, name) / accumulation:.2f}" for step in steps)
-            lines.append([f"{accumulation} micro-batch(es): {name}", *values])
-        totals = (f"{1e3 * step.seconds / accumulation:.1f}" for step in steps)
-        lines.append([f"{accumulation} micro-batch(es): a micro-batch", *totals])
-        speeds = (step.tokens_per_second for step in steps)
-        lines.append(["tokens/s; MFU", *(speed_and_mfu(speed, owed_flops / num_tokens, "H200") for speed in speeds)])
-    text.append(rows(["ms of a micro-batch", "optimistic", "expected"], lines))
-    return "\n".join(text)
+    settings = [(accumulation, price) for accumulation in (1, 4) for price in prices]
+    steps = [assemble(config, parts, num_tokens, price, Layout(accumulation=count)) for count, price in settings]
+    lines = [
+        [
+            name,
+            *(f"{1e3 * getattr(found, name) / count:.1f}" for found, (count, _) in zip(steps, settings, strict=True)),
+        ]
+        for name in (*Step._fields[:-1], "seconds")
+    ]
+    lines[-1][0] = "all"
+    owed = owed_flops / num_tokens
+    lines.append(["tokens/s; MFU", *(speed_and_mfu(found.tokens_per_second, owed, "H200") for found in steps)])
+    header = ["ms of a micro-batch", "optimistic", "expected", "optimistic, of 4", "expected, of 4"]
+    return "\n".join([*text, rows(header, lines)])
 
 
 def speed_and_mfu(tokens_per_second: float, flops_a_token: float, gpu: str) -> str:
@@ -305,11 +307,14 @@ def attention_table() -> str:
 
 
 def savings_table() -> str:
-    """`base` on one H200 with four micro-batches: what each of `Terms` saves, on top of those above it."""
+    """`base` on one H200 with four micro-batches: what each of `Terms` saves, on top of those above it, and what pieces
+    of a corpus do that fill their tokens.
+    """
     config, shape, layout = ModelShape.of("base"), shape_of_ecoli(65_189), Layout(accumulation=4)
     terms, lines, before = Terms(*[False] * len(Terms._fields)), [], None
-    for name in (None, *Terms._fields):
-        terms = terms if name is None else terms._replace(**{name: True})
+    for name in ("none of them", *Terms._fields, "pieces of 508 tokens"):
+        terms = terms._replace(**{name: True}) if name in Terms._fields else terms
+        shape = shape_of_ecoli(65_189, 508) if name == "pieces of 508 tokens" else shape
         parts = step_parts(config, shape, terms)
         found = step(config, shape, GPUS["H200"], "flash_attention_4", layout, terms=terms)
         now = [sum(part.launches for part in parts)]
@@ -317,7 +322,7 @@ def savings_table() -> str:
         now.append(1e3 * found.seconds / 4)
         less = [a - b for a, b in zip(before or now, now)]
         saved = f"{less[0]:,.0f}", f"{less[1] / 1e9:.1f}", f"{less[2] / 1e12:.2f}", f"{less[3]:.1f}"
-        lines.append([name or "none of them", *saved, f"{now[3]:.1f}"])
+        lines.append([name, *saved, f"{now[3]:.1f}"])
         before = now
     return rows(["", "launches", "GB", "TFLOP", "ms", "a micro-batch, ms"], lines)
 

@@ -67,7 +67,7 @@ def activations(config: Any, batch: BatchShape, checkpointing: bool) -> float:
     if checkpointing:  # the inputs of each layer, and one layer whole
         inputs = config.num_hidden_layers * tokens + config.num_hidden_ngram_layers * (tokens + ngrams)
         kept = 2 * hidden * inputs + token * tokens
-    embedded = (3 * hidden + 16 + 4 * hidden * config.neighbor_window * 2) * (tokens + ngrams)
+    embedded = (3 * hidden + 16 + 4 * hidden * config.neighbor_window) * (tokens + ngrams)
     working = (6 * config.intermediate_size + 6 * hidden) * tokens
     return kept + embedded + working + 2 * hidden * tokens
 

@@ -26,6 +26,7 @@ CHECKPOINT_RATE = 0.5e9  # bytes/s to write and to read again for the checksums;
 EVALUATION_SECONDS, COUNTED_TOKENS = 33 / 1.07e6, 20e6
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022 (arXiv 2203.15556), for models that read text from left to right
 BATCH_UNIT = 1024  # tokens, to which a smaller --max-batch-tokens is rounded
+MOST_DOUBLINGS = 6  # of the GPUs, in search of room
 
 
 class ModelShape(NamedTuple):
@@ -214,25 +215,24 @@ def require_room(setting: Setting, calibration: Calibration) -> float:
     if bytes_needed <= setting.gpu.memory:
         return bytes_needed
 
-    def fits(other: Setting) -> bool:
-        return needed(other, calibration) <= setting.gpu.memory
+    def fits(**changes: Any) -> bool:
+        return needed(setting._replace(**changes), calibration) <= setting.gpu.memory
 
-    would = []
+    layout, sizes = setting.layout, list(SIZES)
+    third, would = layout._replace(stage=3), []
     smaller = (setting.max_batch_tokens - 1) // BATCH_UNIT * BATCH_UNIT
-    while smaller and not fits(setting._replace(max_batch_tokens=smaller)):
+    while smaller and not fits(max_batch_tokens=smaller):
         smaller -= BATCH_UNIT
     would += [f"--max-batch-tokens {smaller}"] if smaller else []
-    for words, other in (
-        ("--gradient-checkpointing", setting._replace(checkpointing=True)),
-        ("--deepspeed zero3", setting._replace(layout=setting.layout._replace(stage=3))),
-        ("--deepspeed zero3 --gradient-checkpointing",
-         setting._replace(layout=setting.layout._replace(stage=3), checkpointing=True)),
-    ):  # fmt: skip
-        would += [words] if fits(other) and not any(words.endswith(found) for found in would[1:]) else []
-    sizes = list(SIZES)
-    for model in sizes[: sizes.index(setting.model)] if setting.model in sizes else sizes:
-        other = setting._replace(model=model, max_batch_tokens=RECIPES[model].max_batch_tokens)
-        would += [f"--model {model}"] if model != "tiny" and fits(other) else []
+    alone = [("--gradient-checkpointing", {"checkpointing": True}), ("--deepspeed zero3", {"layout": third})]
+    helping = [words for words, changes in alone if fits(**changes)]
+    if not helping and fits(checkpointing=True, layout=third):
+        helping = [" ".join(words for words, _ in alone)]
+    more = (layout.gpus * 2**doubled for doubled in range(1, MOST_DOUBLINGS + 1))
+    enough = next((gpus for gpus in more if fits(layout=layout._replace(gpus=gpus))), None)
+    would += helping + ([f"{enough} GPUs"] if enough else [])
+    for model in reversed(sizes[1 : sizes.index(setting.model) if setting.model in sizes else None]):
+        would += [f"--model {model}"] if fits(model=model, max_batch_tokens=RECIPES[model].max_batch_tokens) else []
     remedy = "what would fit: " + ", or ".join(would) if would else "no other setting would fit either"
     raise InputError(
         f"gpus: expected at most the {setting.gpu.memory / 1e9:.0f} GB that a {setting.gpu.name} has, found "

@@ -250,7 +250,8 @@ def test_layers_keep_what_memory_says(dropout, device):
         states = torch.empty(rows, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output, _ = layer(states, lambda *qkv: (SavingStandIn.apply(*qkv), None), add_norm, *extra)
-        assert sum(storage.nbytes() for storage in kept.values()) == rows * expected, layer_type
+        masks = 2 * 32 * (dropout > 0)  # two of bf16 there; a GPU's are bool, half of that
+        assert sum(storage.nbytes() for storage in kept.values()) == rows * (expected + masks), layer_type
 
 
 def test_memory_by_hand():
