@@ -176,9 +176,8 @@ def calibrate(path: str) -> Calibration:
         row, model, deepspeed = record["rows"][0], record["model"], record["deepspeed"]
         device, attention, tokens = row["device"], row["attention"], round(row["tokens_per_step"])
         mean = round(tokens / row["sequences_per_step"])
-        speed, peak, ngrams, precision = (
-            row["tokens_per_second"], row["peak_memory_bytes"], row["ngrams_per_token"], record["precision"]
-        )  # fmt: skip
+        speed, peak, ngrams = row["tokens_per_second"], row["peak_memory_bytes"], row["ngrams_per_token"]
+        count, precision = row["parameters"], record["precision"]
     except (KeyError, IndexError, TypeError) as error:
         raise InputError(f"{path}: expected bench.json of `dnazen bench`, found no {error}") from error
     gpu = next((gpu for name, gpu in GPUS.items() if name in device), None)
@@ -193,9 +192,13 @@ def calibrate(path: str) -> Calibration:
     setting = Setting(model, gpu, Layout(stage=int(stage[1])), tokens, attention, False)
     masked = setting.batch.num_masked / setting.batch.num_tokens
     batch = batch_of(tokens, mean, ngrams, ngrams * EDGES_PER_TOKEN / NGRAMS_PER_TOKEN, masked)
-    predicted = step(setting.config, batch, gpu, attention, setting.layout)
-    needed = memory(setting.config, batch, 1, setting.layout.stage).total
-    return Calibration(predicted.tokens_per_second / speed, peak / needed, f"{path}: {model} on {device}")
+    # its G-grams are not told, but are what the other parameters leave
+    others = parameters(setting.config._replace(ngram_vocab_size=0))
+    rows = max(1, round((count - others) / setting.config.hidden_size))
+    config = setting.config._replace(ngram_vocab_size=rows)
+    predicted = step(config, batch, gpu, attention, setting.layout)
+    room = memory(config, batch, 1, setting.layout.stage).total
+    return Calibration(predicted.tokens_per_second / speed, peak / room, f"{path}: {model} on {device}")
 
 
 def needed(setting: Setting, calibration: Calibration) -> float:

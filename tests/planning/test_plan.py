@@ -117,7 +117,7 @@ def record(**changes):
     predicted = take_step(setting(gpus="H200", tokens=65_338), PLAIN)
     row = {
         "device": "NVIDIA H200", "attention": "flash_attention_4", "tokens_per_step": 65_136.0,
-        "sequences_per_step": 161.0, "ngrams_per_token": 0.067,
+        "sequences_per_step": 161.0, "ngrams_per_token": 0.067, "parameters": parameters(ModelShape()),
         "tokens_per_second": predicted.tokens_per_second / 2,
         "peak_memory_bytes": 1.5 * needed(setting(gpus="H200", tokens=65_338), PLAIN),
     }  # fmt: skip
