@@ -45,7 +45,7 @@ _FLEX = AttentionRates(
     {dim: rate.times(0.85) for dim, rate in _FLASH_2.backward.items()},
 )
 _HOPPER = {"flash_attention_4": _FLASH_4, "flash_attention_2": _FLASH_2, "flex_attention": _FLEX}
-# FlashAttention-2's paper (arXiv 2307.08691): at best 203 TFLOP/s forward and backward on an A100, 335 on an H100.
+# An A100 has 0.6 of an H100's; assumed, by what FlashAttention-2's authors say of both (225 and 335 TFLOP/s at best).
 _AMPERE = {
     name: AttentionRates(
         *({dim: rate.times(0.6) for dim, rate in rates.items()} for rates in (back_end.forward, back_end.backward)),
@@ -121,7 +121,7 @@ FLOOR = 4e-6  # a kernel that does nothing takes 2 us, and as much passes until 
 # operators take on a CPU (one of ours 180 us forward and backward, PyTorch's 50); a bare launch 5 us.
 LAUNCH, FASTEST_LAUNCH = 40e-6, 5e-6
 HOOK_LAUNCH = 10e-6  # of DeepSpeed's, a hook's Python included; assumed
-GAP = 1e-3  # the host's Python from one layer's launch to the next some are queued; assumed
+GAP = 1e-3  # of the host's Python, until kernels are queued again; assumed
 LINK_SHARE = 0.8  # 370 of NVLink's 450 GB/s (NCCL's maintainer, nccl-tests#212), 160 of an H800's 200 (DeepSeek-V3#28)
 BESIDE = 0.15  # NCCL's kernels hold some 20 of 132 multiprocessors; assumed
 NETWORK = 50e9  # bytes/s between machines for each GPU: 400 Gbit/s, as such machines have; assumed
