@@ -162,7 +162,7 @@ class _Layers:
         ]
         backward = [Kernel(norm + state + 4 * hidden), Kernel(state + 2 * hidden), Kernel(2 * hidden * (types + 1) + 8)]
         if window:
-            forward += [Kernel(8 * rows), Kernel(16 * rows), Kernel(16 * rows), Kernel(16 * rows)]
+            forward += [Kernel(8 * rows), *[Kernel(16 * rows)] * 4]
         for _ in range(2 * window):  # neighbors: where they are, the states, the product, the sum
             where = [Kernel(16 * rows), Kernel(13 * rows), Kernel(13 * rows), Kernel(3 * rows)]
             forward += [*where, Kernel(2 * state), Kernel(2 * state + rows), linear(rows, hidden, hidden, False)]
