@@ -1,25 +1,25 @@
-"""What one training step of the base model must compute and move, part by part, and the time that takes: predicted.
+"""What one training step must compute and move, part by part, and the time that takes: predicted.
 
     python -m benchmarks.budget [--fasta FILE --tokenizer DIR]
     python -m benchmarks.budget --corpus DIR --ngrams DIR [--model SIZE --tokens N] --output FILE
 
-Prints the table of README.md here, in Markdown; `--output` writes what `benchmarks.gpu` holds its measurements against,
-for a prepared corpus, as JSON. Needs no GPU. Kernels of compiled parts are those that PyTorch's
-compiler schedules for them; of the others, one for each of PyTorch's operations. A kernel takes as long as its
-arithmetic or its traffic, whichever is longer, at what was measured on an H200; traffic is each operand once, and
-launching costs nothing.
+Prints the tables of README.md here, in Markdown; `--output` writes what `benchmarks.gpu` holds its measurements
+against, for a prepared corpus, as JSON. Needs no GPU. The first table is counted: kernels of compiled parts are those
+that PyTorch's compiler schedules for them; of the others, one for each of PyTorch's operations. `dnazen.planning.step`
+has the same in closed form, which the other tables come from, and `dnazen.planning.devices` what it all costs.
 """
 
 # ruff: noqa: E402
 import argparse
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,56 +27,34 @@ from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
-from torch._inductor.scheduler import Scheduler
+from torch._inductor.scheduler import BaseSchedulerNode, Scheduler, SchedulerNode
 from torch._inductor.virtualized import V
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.attention import SHAPES
 from benchmarks.batches import Batch, Genome, add_genome_arguments, load_genomes, make_batch, open_genome
-from benchmarks.roofline import LAUNCH_SECONDS, Traffic, implementation_rows, integer_rows
+from benchmarks.roofline import Traffic, implementation_rows, integer_rows
 from benchmarks.run import BATCH_TOKENS
-from benchmarks.yeast import ROOT
-from dnazen.files import read_json, write_json
+from dnazen.files import write_json
 from dnazen.layers.encoder import NgramLayer, TokenLayer
 from dnazen.layers.fusion import packed_add_norm
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
-from dnazen.pretraining.arguments import RECIPES
+from dnazen.planning.cost import Layout, Step, assemble, seconds_of, step
+from dnazen.planning.devices import GPUS, Gpu, Prices
+from dnazen.planning.kernel import Kernel, Part
+from dnazen.planning.plan import MEAN_TOKENS, ModelShape, batch_of
+from dnazen.planning.step import PRESENT, BatchShape, Terms, attention_kernels
+from dnazen.planning.step import parts_of_step as step_parts
 from dnazen.pretraining.bench.flops import training_flops
+from dnazen.sizes import RECIPES, SIZES
 from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_masking import IGNORE_INDEX
 
-FLOPS, BANDWIDTH, DATASHEET_FLOPS = 790e12, 4.3e12, 990e12  # per second: measured, measured, and what MFU divides by
 SEQUENCE_LENGTH = 512
 NGRAM_VOCAB_SIZE = 162_708  # published
-# Read and written for a parameter, from its gradient to its new weight, by DeepSpeed 0.19.8 on one process under
-# ds_configs/zero2.json, kernel by kernel (stage_1_and_2.py). Of the gradient, in bf16: to the bucket 4, divided 4,
-# joined 4, copied back 4; in fp32: the sum zeroed 4, converted 6, added 12, norm 4, clipped 8; AdamW 28; bf16 weight 6.
-# The reduction is nothing. A parameter larger than a bucket is neither copied to it nor joined with others.
-OPTIMIZER_BYTES, OPTIMIZER_BYTES_IF_LARGE = 84, 76
-ZERO_2 = read_json(ROOT / "ds_configs" / "zero2.json", "a configuration of DeepSpeed's")["zero_optimization"]
 
-
-class Kernel(NamedTuple):
-    """Something launched once."""
-
-    num_bytes: float
-    flops: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return max(self.num_bytes / BANDWIDTH, self.flops / FLOPS)
-
-
-class Part(NamedTuple):
-    """A part of the step, and how many times the step has it."""
-
-    name: str
-    times: int
-    kernels: list[Kernel]
-
-    @property
-    def seconds(self) -> float:
-        return self.times * sum(kernel.seconds for kernel in self.kernels)
+Counted = tuple[list[Kernel], list[Kernel]]  # of forward and backward
 
 
 class EagerKernels(Traffic):
@@ -92,22 +70,33 @@ class EagerKernels(Traffic):
         if self.launches > before[0]:
             count = flop_registry.get(function.overloadpacket, lambda *_, **__: 0)
             flops = count(*args, **(kwargs or {}), out_val=result)
-            self.kernels.append(Kernel(self.num_bytes - before[1], flops))
+            self.kernels.append(kernel(self.num_bytes - before[1], flops, tree_leaves(result)[0].numel()))
             self.kernels += [Kernel(0)] * (self.launches - before[0] - 1)
         return result
 
 
-def eager_kernels(run: Callable[[], Tensor]) -> list[Kernel]:
-    """Of forward and backward, on the meta device, where nothing is computed."""
-    with EagerKernels() as recorder:
-        output = run()
-        output.backward(torch.empty_like(output))
-    return recorder.kernels
+def kernel(num_bytes: float, flops: float, outputs: int, draws: float = 0.0) -> Kernel:
+    """What was counted as a Kernel; FLOPs are those of a matrix product with so many outputs."""
+    return (
+        Kernel(num_bytes, flops, "matmul", flops / 2 / outputs, draws=draws)
+        if flops
+        else Kernel(num_bytes, draws=draws)
+    )
 
 
-def compiled_kernels(module: nn.Module, *args) -> list[Kernel]:
+def eager_kernels(run: Callable[[], Tensor], *beside: Tensor) -> Counted:
+    """Of forward and backward, on the meta device, where nothing is computed; gradients come from what is `beside`
+    too."""
+    with EagerKernels() as forward:
+        outputs = [run(), *beside]
+    with EagerKernels() as backward:
+        torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+    return forward.kernels, backward.kernels
+
+
+def compiled_kernels(module: nn.Module, *args) -> Counted:
     """Of forward and backward, as PyTorch's compiler schedules them; their results are made up, not computed."""
-    kernels: list[Kernel] = []
+    kernels: Counted = [], []
 
     def schedule(graph: torch.fx.GraphModule, example_inputs: list, is_backward: bool = False, **_) -> Callable:
         output = graph.graph.output_node()
@@ -118,8 +107,11 @@ def compiled_kernels(module: nn.Module, *args) -> list[Kernel]:
         fake_mode = detect_fake_mode(example_inputs)
         with V.set_debug_handler(DebugContext()), V.set_graph_handler(lowering), V.set_fake_mode(fake_mode):
             lowering.run(*example_inputs)
-            nodes = [node for node in Scheduler(lowering.operations).nodes if node.get_read_write_buffers_sizes()]
-            kernels.extend(Kernel(node.get_read_write_buffers_sizes(), node.estimate_flops() or 0) for node in nodes)
+            for node in Scheduler(lowering.operations).nodes:
+                if num_bytes := node.get_read_write_buffers_sizes():
+                    flops = node.estimate_flops() or 0
+                    outputs = int(node.get_outputs()[0].node.get_numel()) if flops else 1
+                    kernels[is_backward].append(kernel(num_bytes, flops, outputs, draws(node)))
 
         def run(inputs: list) -> list:
             inputs.clear()
@@ -138,17 +130,10 @@ def compiled_kernels(module: nn.Module, *args) -> list[Kernel]:
     return kernels
 
 
-def attention_kernels(lengths: Tensor, hidden_size: int) -> list[Kernel]:
-    """Of flash attention in bf16: one forward; backward a preparation, the gradients (for which scores are computed
-    again), a conversion."""
-    states = 2 * int(lengths.sum()) * hidden_size
-    product = 2 * float((lengths.double() ** 2).sum()) * hidden_size  # of two matrices
-    return [
-        Kernel(4 * states, 2 * product),
-        Kernel(2 * states),
-        Kernel(8 * states, 5 * product),
-        Kernel(2 * states),
-    ]
+def draws(node: BaseSchedulerNode) -> float:
+    """Blocks of random words that a kernel draws: the compiler's takes one word of each block of four."""
+    loops = [part for part in node.get_nodes() if isinstance(part, SchedulerNode)]
+    return float(sum(int(part.node.get_numel()) for part in loops if part._body.has_op("rand")))
 
 
 class AttentionStandIn(torch.autograd.Function):
@@ -163,13 +148,20 @@ class AttentionStandIn(torch.autograd.Function):
         return torch.empty_like(grad), torch.empty_like(grad), torch.empty_like(grad)
 
 
+def shape_of(batch: Batch) -> BatchShape:
+    """The sizes that a step on the batch follows from."""
+    masked = batch.masked
+    lengths, ngram_lengths = (offsets.diff().tolist() for offsets in (batch.cu_seqlens, masked.ngram_cu_seqlens))
+    num_masked = int((masked.labels != IGNORE_INDEX).sum())
+    return BatchShape(lengths, ngram_lengths, len(masked.edges.token_ngrams), num_masked)
+
+
 def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
-    """Everything in a step of one micro-batch in bf16."""
+    """Everything in forward and backward of one micro-batch in bf16, counted."""
     hidden, layers, fused = config.hidden_size, config.num_hidden_layers, config.num_hidden_ngram_layers
     masked, num_tokens = batch.masked, len(batch.input_ids)
     num_ngrams, num_edges = len(masked.ngram_input_ids), len(masked.edges.token_ngrams)
     num_masked = int((masked.labels != IGNORE_INDEX).sum())
-    lengths, ngram_lengths = batch.cu_seqlens.diff(), masked.ngram_cu_seqlens.diff()
     views = batch.input_ids.new_empty(num_tokens + num_ngrams + 2 + 2 * num_edges, dtype=torch.int32)
     edges = NgramEdges(*views.split([num_tokens + 1, num_edges, num_ngrams + 1, num_edges]))
     add_norm = packed_add_norm(edges, "triton")
@@ -183,68 +175,182 @@ def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
         return AttentionStandIn.apply(query, key, value), None
 
-    def projections(module: nn.Module, rows: int) -> list[Kernel]:
-        return eager_kernels(lambda: module.to("meta")(states(rows, device="meta"), attend)[0])
+    def projections(module: nn.Module, rows: int) -> Counted:
+        """And the sum of the gradient that comes through them with that of the residual beside them."""
+        residual, module = states(rows, device="meta").view(rows, hidden), module.to("meta")
+        return eager_kernels(lambda: module(residual, attend)[0], residual)
 
-    def residual_output(module: nn.Module, rows: int) -> list[Kernel]:
+    def residual_output(module: nn.Module, rows: int) -> Counted:
         return compiled_kernels(module, states(rows, module.dense.in_features), states(rows), add_norm)
 
-    def embeddings(module: nn.Module, rows: int) -> list[Kernel]:
+    def embeddings(module: nn.Module, rows: int) -> Counted:
         input_ids = torch.zeros(rows, dtype=torch.int64, device="meta")
         cu_seqlens = torch.zeros(2, dtype=torch.int32, device="meta")
         return eager_kernels(lambda: module(input_ids, cu_seqlens))
 
-    mlp, intermediate = token_layer.mlp, ngram_layer.intermediate
+    ngram_states = states(num_ngrams)
+    mlp, intermediate = token_layer.mlp, ngram_layer.intermediate.to("meta")
     head = model.cls["predictions"]
     labels = torch.zeros(num_masked, dtype=torch.int64, device="meta")
 
-    def inner(rows: int) -> list[Kernel]:
-        return eager_kernels(lambda: intermediate.to("meta")(states(rows, device="meta")))
+    def inner(rows: int) -> Counted:
+        return eager_kernels(lambda: intermediate(states(rows, device="meta")))
 
     def loss() -> Tensor:
         return F.cross_entropy(head(states(num_masked, device="meta")).float(), labels, reduction="sum")
 
-    numels = [parameter.numel() for parameter in model.parameters()]
-    large = sum(numel for numel in numels if numel > ZERO_2["reduce_bucket_size"])
-    optimizer = OPTIMIZER_BYTES * (sum(numels) - large) + OPTIMIZER_BYTES_IF_LARGE * large
+    shape = shape_of(batch)
     return [
-        *(Part(row.name, 1, [Kernel(row.num_bytes), *[Kernel(0)] * (row.launches - 1)]) for row in integer_rows(batch)),
-        Part("embeddings: tokens", 1, embeddings(model.bert.embeddings, num_tokens)),
-        Part("embeddings: G-grams", 1, embeddings(model.bert.ngram_embeddings, num_ngrams)),
-        Part("the token encoder: q, k, v", layers, projections(token_layer.attention.self, num_tokens)),
-        Part("the token encoder: attention", layers, attention_kernels(lengths, hidden)),
-        Part(
-            "the token encoder: attention's output", layers, residual_output(token_layer.attention.output, num_tokens)
-        ),
-        Part("the token encoder: MLP", layers - fused, compiled_kernels(mlp, states(num_tokens), add_norm, None)),
-        Part(
-            "the token encoder: MLP, then fusion",
-            fused,
-            compiled_kernels(mlp, states(num_tokens), add_norm, states(num_ngrams)),
-        ),
-        Part("G-grams: q, k, v", fused, projections(ngram_layer.attention.self, num_ngrams)),
-        Part("G-grams: attention", fused, attention_kernels(ngram_lengths, hidden)),
-        Part("G-grams: attention's output", fused, residual_output(ngram_layer.attention.output, num_ngrams)),
-        Part("G-grams: MLP, inner", fused, inner(num_ngrams)),
-        Part("G-grams: MLP, outer", fused, residual_output(ngram_layer.output, num_ngrams)),
-        Part("masked-language head", 1, eager_kernels(loss)),
-        Part("optimizer, one GPU", 1, [Kernel(optimizer)]),
+        *(Part(row.name, 1, [Kernel(row.num_bytes / row.launches)] * row.launches, []) for row in integer_rows(batch)),
+        Part("embeddings: tokens", 1, *embeddings(model.bert.embeddings, num_tokens)),
+        Part("embeddings: G-grams", 1, *embeddings(model.bert.ngram_embeddings, num_ngrams)),
+        Part("tokens: q, k, v", layers, *projections(token_layer.attention.self, num_tokens)),
+        Part("tokens: attention", layers, *attention_kernels(shape.lengths, hidden)),
+        Part("tokens: attention's output", layers, *residual_output(token_layer.attention.output, num_tokens)),
+        Part("tokens: MLP", layers - fused, *compiled_kernels(mlp, states(num_tokens), add_norm, None)),
+        Part("tokens: MLP, then fusion", fused, *compiled_kernels(mlp, states(num_tokens), add_norm, ngram_states)),
+        Part("G-grams: q, k, v", fused, *projections(ngram_layer.attention.self, num_ngrams)),
+        Part("G-grams: attention", fused, *attention_kernels(shape.ngram_lengths, hidden)),
+        Part("G-grams: attention's output", fused, *residual_output(ngram_layer.attention.output, num_ngrams)),
+        Part("G-grams: MLP, inner", fused, *inner(num_ngrams)),
+        Part("G-grams: MLP, outer", fused, *residual_output(ngram_layer.output, num_ngrams)),
+        Part("masked-language head", 1, *eager_kernels(loss)),
+    ]  # fmt: skip
+
+
+def rows(header: list[str], cells: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(map(str, line))} |" for line in (header, *cells)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def step_table(config: DNAZenConfig, parts: list[Part], num_tokens: int, owed_flops: float) -> str:
+    """The parts of a step of one micro-batch on one H200 under ZeRO-2, and what it comes to, without accumulation and
+    with four micro-batches."""
+    prices = [prices_of(config, GPUS["H200"], expected) for expected in (False, True)]
+    lines = []
+    for part in parts:
+        counts = f"{part.total('flops') / 1e9:,.0f}", f"{part.total('num_bytes') / 1e6:,.0f}"
+        times = (f"{1e3 * part.seconds(price):.2f}" for price in prices)
+        lines.append([part.name, part.times, len(part.kernels), *counts, *times])
+    text = [rows(["", "times", "launches of one", "GFLOP", "MB", "optimistic, ms", "expected, ms"], lines)]
+    text.append(f"\n{sum(part.launches for part in parts):,} launches\n")
+    settings = [(accumulation, price) for accumulation in (1, 4) for price in prices]
+    steps = [assemble(config, parts, num_tokens, price, Layout(accumulation=count)) for count, price in settings]
+    lines = [
+        [
+            name,
+            *(f"{1e3 * getattr(found, name) / count:.1f}" for found, (count, _) in zip(steps, settings, strict=True)),
+        ]
+        for name in (*Step._fields[:-1], "seconds")
     ]
+    lines[-1][0] = "all"
+    owed = owed_flops / num_tokens
+    lines.append(["tokens/s; MFU", *(speed_and_mfu(found.tokens_per_second, owed, "H200") for found in steps)])
+    header = ["ms of a micro-batch", "optimistic", "expected", "optimistic, of 4", "expected, of 4"]
+    return "\n".join([*text, rows(header, lines)])
 
 
-def print_table(parts: list[Part], owed_flops: float, num_tokens: int) -> None:
-    """Markdown, and what it comes to."""
-    print("\n| | times | launches of one | GFLOP | MB | ms at 790 TFLOP/s | ms at 4.3 TB/s | ms |\n" + "|---" * 8 + "|")
-    for name, times, kernels in parts:
-        flops, num_bytes = (times * sum(column) for column in zip(*((k.flops, k.num_bytes) for k in kernels)))
-        seconds = flops / FLOPS, num_bytes / BANDWIDTH, Part(name, times, kernels).seconds
-        cells = [name, times, len(kernels), f"{flops / 1e9:,.0f}", f"{num_bytes / 1e6:,.0f}"]
-        print("|", " | ".join(map(str, [*cells, *(f"{1e3 * value:.2f}" for value in seconds)])), "|")
-    seconds, launches = sum(part.seconds for part in parts), sum(part.times * len(part.kernels) for part in parts)
-    print(f"\n{launches:,} launches, {1e3 * LAUNCH_SECONDS * launches:.1f} ms of the host's time")
-    print(f"owed: {owed_flops / 1e12:.2f} TFLOP, {owed_flops / num_tokens / 1e9:.3f} GFLOP a token")
-    mfu = owed_flops / seconds / DATASHEET_FLOPS
-    print(f"at best {1e3 * seconds:.1f} ms, {num_tokens / seconds:,.0f} tokens/s, MFU {mfu:.1%}")
+def speed_and_mfu(tokens_per_second: float, flops_a_token: float, gpu: str) -> str:
+    """Of one GPU."""
+    return f"{tokens_per_second / 1e3:,.0f} k; {tokens_per_second * flops_a_token / GPUS[gpu].peak:.0%}"
+
+
+def prices_of(config: Any, gpu: Gpu, expected: bool, attention: str = "flash_attention_4") -> Prices:
+    return gpu.prices(attention, config.hidden_size // config.num_attention_heads, expected)
+
+
+def flops_of(config: Any, shape: BatchShape) -> float:
+    """FLOPs that a micro-batch owes."""
+    return training_flops(config, np.array(shape.lengths), np.array(shape.ngram_lengths), shape.num_masked)
+
+
+def shape_of_ecoli(num_tokens: int, mean: int = MEAN_TOKENS) -> BatchShape:
+    """A micro-batch of sequences of so many tokens, with E. coli's G-grams after masking."""
+    return batch_of(num_tokens, mean, 0.058, 0.119, 0.18)
+
+
+def machine_table() -> str:
+    """Every size on each GPU, alone and with seven others, with and without accumulation: tokens/s of a GPU and MFU."""
+    lines = []
+    for model in SIZES:
+        config = ModelShape.of(model)
+        shape = shape_of_ecoli(RECIPES[model].max_batch_tokens)
+        owed_flops = flops_of(config, shape) / shape.num_tokens
+        for name in ("H100", "H200", "H800"):
+            cells = []
+            for count in (1, 8):
+                for accumulation in (1, 4):
+                    layout = Layout(count, accumulation=accumulation)
+                    both = (
+                        step(config, shape, GPUS[name], "flash_attention_4", layout, expected=e) for e in (False, True)
+                    )
+                    cells.append(" / ".join(speed_and_mfu(s.tokens_per_second / count, owed_flops, name) for s in both))
+            lines.append([f"{model}, {name}", *cells])
+    return rows(
+        ["tokens/s of a GPU; MFU: optimistic / expected", "1", "1, 4 micro-batches", "8", "8, 4 micro-batches"], lines
+    )
+
+
+def attention_table() -> str:
+    """Each back-end on one H200: ms of all token layers' attention, and tokens/s."""
+    lines = []
+    for model in ("base", "large", "xlarge"):
+        config, gpu = ModelShape.of(model), GPUS["H200"]
+        shape = shape_of_ecoli(RECIPES[model].max_batch_tokens)
+        for name in gpu.attention:
+            parts = [part for part in step_parts(config, shape) if part.name == "tokens: attention"]
+            cells = [f"{1e3 * seconds_of(parts, prices_of(config, gpu, e, name), PRESENT):.1f}" for e in (False, True)]
+            found = step(config, shape, gpu, name, Layout(accumulation=4))
+            lines.append([f"{model}, {name}", *cells, f"{found.tokens_per_second / 1e3:,.0f} k"])
+    return rows(["", "optimistic, ms", "expected, ms", "tokens/s, expected, 4 micro-batches"], lines)
+
+
+def savings_table() -> str:
+    """`base` on one H200 with four micro-batches: what each of `Terms` saves, on top of those above it, and what pieces
+    of a corpus do that fill their tokens.
+    """
+    config, shape, layout = ModelShape.of("base"), shape_of_ecoli(65_189), Layout(accumulation=4)
+    terms, lines, before = Terms(*[False] * len(Terms._fields)), [], None
+    for name in ("none of them", *Terms._fields, "pieces of 508 tokens"):
+        terms = terms._replace(**{name: True}) if name in Terms._fields else terms
+        shape = shape_of_ecoli(65_189, 508) if name == "pieces of 508 tokens" else shape
+        parts = step_parts(config, shape, terms)
+        found = step(config, shape, GPUS["H200"], "flash_attention_4", layout, terms=terms)
+        now = [sum(part.launches for part in parts)]
+        now += [sum(part.total(field) for part in parts) for field in ("num_bytes", "flops")]
+        now.append(1e3 * found.seconds / 4)
+        less = [a - b for a, b in zip(before or now, now)]
+        saved = f"{less[0]:,.0f}", f"{less[1] / 1e9:.1f}", f"{less[2] / 1e12:.2f}", f"{less[3]:.1f}"
+        lines.append([name, *saved, f"{now[3]:.1f}"])
+        before = now
+    return rows(["", "launches", "GB", "TFLOP", "ms", "a micro-batch, ms"], lines)
+
+
+def reference_seconds(config: Any, shape: BatchShape, padded: int, prices: Prices) -> float:
+    """Forward and backward of the reference in bf16, every sequence padded to `padded`: its fp32 scores cross memory
+    ten times a layer, what we have in one kernel each way (LayerNorm, residual, fusion) crosses it 11 states more."""
+    layers, rows_of = config.num_hidden_layers, padded * len(shape.lengths)
+    parts = step_parts(config, shape._replace(lengths=[padded] * len(shape.lengths)))
+    scores = config.num_attention_heads * float(padded) * rows_of
+    head_dim = config.hidden_size // config.num_attention_heads
+    product = Kernel(2 * scores, 2 * scores * head_dim, "matmul", head_dim)
+    attention = [product] * 2 + [Kernel(4 * scores)] * 4, [product] * 4 + [Kernel(4 * scores)] * 6
+    state = 2 * rows_of * config.hidden_size
+    apart = Part("one by one", 2 * layers, [Kernel(state)] * 7, [Kernel(state)] * 4)
+    parts = [part for part in parts if part.name != "tokens: attention"]
+    return seconds_of([*parts, Part("attention", layers, *attention), apart], prices, PRESENT)
+
+
+def reference_table() -> str:
+    """How many times as fast as the reference `base` is on one H200, by tokens of a sequence and its padding."""
+    config, lines = ModelShape.of("base"), []
+    prices = prices_of(config, GPUS["H200"], True)
+    for mean in (510, 405, 256, 128, 104, 70):
+        shape = shape_of_ecoli(65_536, mean)
+        ours = seconds_of(step_parts(config, shape), prices, PRESENT)
+        lines.append([mean, *(f"{reference_seconds(config, shape, to, prices) / ours:.1f}" for to in (512, mean))])
+    return rows(["tokens of every sequence", "padded to 512", "padded to the batch's longest, as long as all"], lines)
 
 
 def main() -> None:
@@ -266,46 +372,50 @@ def main() -> None:
     genome = load_genomes(args.fasta, args.tokenizer, (SEQUENCE_LENGTH,))[SEQUENCE_LENGTH]
     batch = make_batch(genome, RECIPES["base"].max_batch_tokens)
     config = DNAZenConfig.from_size("base", vocab_size=4096, ngram_vocab_size=NGRAM_VOCAB_SIZE)
-    print_table(parts_of_step(config, batch), owed(config, batch), len(batch.input_ids))
+    num_tokens = len(batch.input_ids)
+    tables = [step_table(config, parts_of_step(config, batch), num_tokens, flops_of(config, shape_of(batch)))]
+    print("\n\n".join([*tables, machine_table(), attention_table(), savings_table(), reference_table()]))
 
 
 def predict(genome: Genome, model: str, num_tokens: int, *operator_tokens: int) -> dict[str, Any]:
     """Of a step of `num_tokens` tokens: `ms`, `tokens_per_second`, `mfu`, `launches` and the `parts`' ms, the costliest
     first; of both shapes of `benchmarks.attention`: ms of forward and backward; of the implementations of the
-    operators, by the most tokens of a batch: ms of forward and backward together. All at what an H200 was measured at.
+    operators, by the most tokens of a batch: ms of forward and backward together. All optimistic, on an H200, and of
+    the step `expected_ms` too.
     """
     batch = make_batch(genome, num_tokens)
     sizes = {"vocab_size": genome.vocab_size, "ngram_vocab_size": 1 + max(genome.vocabulary.values())}
     config = DNAZenConfig.from_size(model, **sizes)
-    parts = parts_of_step(config, batch)
-    seconds = sum(part.seconds for part in parts)
+    parts, prices = parts_of_step(config, batch), prices_of(config, GPUS["H200"], False)
+    found, expected = (
+        assemble(config, parts, len(batch.input_ids), price, Layout())
+        for price in (prices, prices_of(config, GPUS["H200"], True))
+    )
     attention = {}
     for name, shape in SHAPES.items():
-        forward, *backward = attention_kernels(torch.from_numpy(shape.lengths()), 768)
-        attention[name] = {"fwd": 1e3 * forward.seconds, "bwd": 1e3 * sum(kernel.seconds for kernel in backward)}
+        forward, backward = attention_kernels(shape.lengths().tolist(), 768)
+        modes = {"fwd": forward, "bwd": backward}
+        attention[name] = {mode: 1e3 * sum(one.seconds(prices) for one in both) for mode, both in modes.items()}
     batches = {count: make_batch(genome, count) for count in operator_tokens}
     operators = {
         name: {
-            count: {row.name: 1e3 * row.seconds(BANDWIDTH) for row in implementation_rows(batch_of_count, name)}
-            for count, batch_of_count in batches.items()
+            count: {row.name: 1e3 * row.seconds(GPUS["H200"].copy) for row in implementation_rows(of_count, name)}
+            for count, of_count in batches.items()
         }
         for name in ("ngram_fusion", "residual_layer_norm")
     }
+    times = {part.name: 1e3 * part.seconds(prices) for part in parts}
+    times |= {name: 1e3 * getattr(found, name) for name in ("gradients", "optimizer")}
     return {
-        "ms": 1e3 * seconds,
-        "tokens_per_second": len(batch.input_ids) / seconds,
-        "mfu": owed(config, batch) / seconds / DATASHEET_FLOPS,
-        "launches": sum(part.times * len(part.kernels) for part in parts),
-        "parts": {part.name: 1e3 * part.seconds for part in sorted(parts, key=lambda part: -part.seconds)},
+        "ms": 1e3 * found.seconds,
+        "expected_ms": 1e3 * expected.seconds,
+        "tokens_per_second": found.tokens_per_second,
+        "mfu": flops_of(config, shape_of(batch)) / found.seconds / GPUS["H200"].peak,
+        "launches": sum(part.launches for part in parts),
+        "parts": dict(sorted(times.items(), key=lambda item: -item[1])),
         "attention": attention,
         "operators": operators,
     }
-
-
-def owed(config: DNAZenConfig, batch: Batch) -> float:
-    """FLOPs that a step on the batch owes, by the formula of `dnazen bench`."""
-    lengths, ngram_lengths = (offsets.diff().numpy() for offsets in (batch.cu_seqlens, batch.masked.ngram_cu_seqlens))
-    return training_flops(config, lengths, ngram_lengths, int((batch.masked.labels != IGNORE_INDEX).sum()))
 
 
 if __name__ == "__main__":

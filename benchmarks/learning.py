@@ -25,11 +25,10 @@ from benchmarks import lever as unflagged
 from benchmarks.yeast import BIN, ROOT, call, commit, pretrain, processor
 from dnazen.data.corpus import Corpus
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
-from dnazen.models.configuration_dnazen import SIZES
 from dnazen.ngram.vocab import load_ngrams
-from dnazen.pretraining.arguments import RECIPES
 from dnazen.pretraining.prepare import PACKAGED_GENOME
 from dnazen.pretraining.start import start_from_data
+from dnazen.sizes import RECIPES, SIZES
 
 TOKENS = 1_090_000
 PAPER = {**RECIPES["base"]._asdict(), "max_batch_tokens": 2048}

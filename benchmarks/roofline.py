@@ -34,7 +34,7 @@ FREE = {
     "scalar_tensor", "select", "set_", "slice", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
     "_unsafe_view",
 }  # fmt: skip
-GATHERS = {"index", "index_select", "gather"}
+GATHERS = {"embedding", "index", "index_select", "gather"}
 LAUNCHES = {"dnazen::ngram_masking": 8, "dnazen::residual_layer_norm_backward": 2}  # as op.py says; of others 1
 
 

@@ -13,6 +13,7 @@ HEAVY = {"triton", "flash_attn", "deepspeed"}
 ARROWS = {
     "dnazen_kernels": "",
     "dnazen": "",  # the modules beside the rooms: files, dna, processes, environment; and the version
+    "dnazen.planning": "dnazen",
     "dnazen.layers": "dnazen_kernels",
     "dnazen.data": "dnazen",
     "dnazen.ngram": "dnazen dnazen.data dnazen_kernels",

@@ -20,6 +20,7 @@ from dnazen.cli import (
     export,
     gue,
     ngrams,
+    plan,
     predict,
     tokenizer,
     training,
@@ -30,7 +31,7 @@ from dnazen.files import InputError, require_new_directory, require_new_file
 
 # in the order of their use
 _COMMANDS = (
-    tokenizer, corpus, ngrams, training, evaluate, predict, embed, explain, variants, export, gue, bench, doctor,
+    plan, tokenizer, corpus, ngrams, training, evaluate, predict, embed, explain, variants, export, gue, bench, doctor,
 )  # fmt: skip
 _EPILOG = "`dnazen COMMAND --help` says what a command takes; defaults stand in brackets."
 # arguments that are files or folders to read, never a model's name on the hub

@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dnazen.models.configuration_dnazen import SIZES, DNAZenConfig
+from dnazen.models.configuration_dnazen import DNAZenConfig
+from dnazen.sizes import SIZES
 
 if TYPE_CHECKING:
     from dnazen.models.modeling_dnazen import (

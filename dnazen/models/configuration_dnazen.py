@@ -7,22 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from dnazen.files import InputError, read_json
-
-_SIZE_FIELDS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_hidden_ngram_layers"
-)  # fmt: skip
-SIZES: dict[str, dict[str, Any]] = {
-    # not the paper's, but what learns within minutes on a CPU: benchmarks/learning.md
-    "tiny": {
-        **dict(zip(_SIZE_FIELDS, (128, 2, 4, 512, 1))),
-        "neighbor_window": 2,
-        "initializer_range": 0.09,
-        "hidden_dropout_prob": 0.0,
-    },
-    "base": dict(zip(_SIZE_FIELDS, (768, 12, 12, 3072, 6))),
-    "large": dict(zip(_SIZE_FIELDS, (1024, 24, 16, 4096, 6))),
-    "xlarge": dict(zip(_SIZE_FIELDS, (1536, 28, 12, 8960, 12))),
-}
+from dnazen.sizes import SIZE_FIELDS, SIZES
 
 # Keys that published configurations and `save_pretrained` write beside the fields.
 _TOLERATED_KEYS = {
@@ -89,7 +74,7 @@ class DNAZenConfig(PreTrainedConfig):
         def is_number(name: str, kinds: tuple[type, ...] = (int, float)) -> bool:
             return isinstance(getattr(self, name), kinds) and not isinstance(getattr(self, name), bool)
 
-        for name in ("vocab_size", "ngram_vocab_size", "type_vocab_size", *_SIZE_FIELDS):
+        for name in ("vocab_size", "ngram_vocab_size", "type_vocab_size", *SIZE_FIELDS):
             check(is_number(name, (int,)) and getattr(self, name) >= 1, name, "an integer of at least 1")
         is_window = is_number("neighbor_window", (int,)) and self.neighbor_window >= 0
         check(is_window, "neighbor_window", "an integer of at least 0")

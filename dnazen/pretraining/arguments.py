@@ -3,31 +3,10 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from dnazen.files import InputError
+from dnazen.sizes import RECIPES
 from dnazen.training.script import flag
-
-
-class Recipe(NamedTuple):
-    """How a model of some size is trained unless its flags say otherwise; the defaults are the paper's."""
-
-    max_batch_tokens: int  # what fits 80 GB, by our estimate
-    learning_rate: float  # of base DNABERT-2's; of others our estimate
-    mlm_probability: float = 0.15
-    mask_share: float = 0.8
-    whole_ngram_masking: bool = True
-    start: str = "random"
-    residual_learning_rate: float = 1.0
-
-
-RECIPES = {
-    # for minutes on a CPU, on a genome; measured in benchmarks/learning.md
-    "tiny": Recipe(2048, 3e-3, 0.4, 1.0, False, "data", 0.1),
-    "base": Recipe(65536, 5e-4),
-    "large": Recipe(32768, 4e-4),
-    "xlarge": Recipe(8192, 2e-4),  # with half of it the host would keep a GPU waiting (estimated, not measured)
-}
 
 
 @dataclass

@@ -7,7 +7,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from dnazen.pretraining.arguments import RECIPES, DataArguments
+from dnazen.pretraining.arguments import DataArguments
+from dnazen.sizes import RECIPES
 from dnazen.training.command_line import HELP_ALL, asks_for_help, describe_flags, make_parser
 from dnazen.training.script import parse_arguments, run_script
 

@@ -12,6 +12,7 @@ from dnazen.cli.main import main, parse_arguments
 from dnazen.ngram.extract import extract_ngrams
 
 COMMANDS = [
+    "plan",
     "tokenizer", "corpus", "ngrams", "ngrams extract", "ngrams count", "ngrams merge", "ngrams stats", "ngrams motifs",
     "pretrain", "finetune", "evaluate", "predict", "embed", "explain", "variants", "export", "gue", "bench", "doctor",
 ]  # fmt: skip

@@ -9,10 +9,10 @@ from dnazen.batches.collator import Masking, PackedCollator, PackedDataset
 from dnazen.data.corpus import Corpus
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
 from dnazen.ngram.vocab import load_ngrams
-from dnazen.pretraining.arguments import RECIPES
 from dnazen.pretraining.command import main
 from dnazen.pretraining.trainer import PretrainingTrainer
 from dnazen.pretraining.training_arguments import REFUSED, PretrainingArguments
+from dnazen.sizes import RECIPES
 from dnazen.training.command_line import make_parser
 from dnazen_kernels.ngram_masking import MASK_SHARE
 

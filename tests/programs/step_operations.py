@@ -1,4 +1,5 @@
-"""On processes of a group: operations of an optimizer step of `base` in bf16, as JSON: by stage, ours and DeepSpeed's.
+"""On processes of a group: operations of an optimizer step of `base` in bf16, as JSON: by stage, those of ours, those
+that DeepSpeed adds to the backward before it, and those of DeepSpeed's own step.
 
 They depend on the number of parameters, not on their width, which is small here. Views are not counted: they launch
 nothing.
@@ -28,8 +29,8 @@ class CountLaunches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(stage: int, at_once: bool) -> int:
-    """Operations of the second step, the first that makes no states."""
+def count(stage: int, at_once: bool) -> tuple[int, int]:
+    """Operations of the second step, the first that makes no states, and of DeepSpeed in its backward."""
     config = DNAZenConfig.from_size(
         "base", vocab_size=64, ngram_vocab_size=32, hidden_size=24, num_attention_heads=12, intermediate_size=24
     )
@@ -43,16 +44,21 @@ def count(stage: int, at_once: bool) -> int:
     labels = torch.arange(5, 25)
     batch = {"input_ids": labels, "labels": labels, "cu_seqlens": torch.tensor([0, 20], dtype=torch.int32)}
     for _ in range(2):
-        engine.backward(engine(**batch, max_seqlen=20).loss)
+        loss = engine(**batch, max_seqlen=20).loss
+        with CountLaunches() as backward:
+            engine.backward(loss)
         with CountLaunches() as launches:
             engine.step()
     engine.destroy()
-    return launches.count
+    loss = DNAZenForMaskedLM(config).to(torch.bfloat16)(**batch, max_seqlen=20).loss
+    with CountLaunches() as own:
+        loss.backward()
+    return launches.count, backward.count - own.count
 
 
 if __name__ == "__main__":
     deepspeed.init_distributed("gloo")
-    counts = {f"ZeRO-{stage}": [count(stage, True), count(stage, False)] for stage in (1, 2, 3)}
+    counts = {f"ZeRO-{stage}": [*count(stage, True), count(stage, False)[0]] for stage in (1, 2, 3)}
     print(json.dumps(counts), flush=True)
     leave_process_group()
     exit_process(0)

@@ -1,4 +1,5 @@
-"""Under torchrun, on one CPU process: bytes that DeepSpeed reads and writes for a parameter in a step, as JSON.
+"""Under torchrun, on one CPU process: bytes that DeepSpeed reads and writes for a parameter in a step, as JSON: of one
+micro-batch, and of three.
 
 From the gradient, as the backward leaves it, to the new weight in bf16; each operation's inputs and outputs, but not a
 reduction over one process, which on a GPU is none.
@@ -45,26 +46,28 @@ class Bytes(TorchDispatchMode):
         return result
 
 
-def count(stage: int, bucket: int) -> float:
+def count(stage: int, bucket: int, accumulation: int) -> float:
     """Bytes a parameter, of the second step, the first that makes no states."""
     model = nn.ParameterList(torch.ones(SIZE) for _ in range(NUM_TENSORS))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    engine = build_engine(model, optimizer, stage, reduce_bucket_size=bucket)
+    engine = build_engine(model, optimizer, stage, accumulation=accumulation, reduce_bucket_size=bucket)
     take_norm_at_once(engine)
     for _ in range(2):
         with Bytes() as moved:
-            engine.backward(sum(parameter.sum() for parameter in model))
-            engine.step()
+            for _ in range(accumulation):
+                engine.backward(sum(parameter.sum() for parameter in model))
+                engine.step()
     engine.destroy()
     parameters = [tensor.detach().requires_grad_() for tensor in model]
     with Bytes() as own:  # of the backward itself
         sum(parameter.sum() for parameter in parameters).backward()
-    return (moved.total - own.total) / (NUM_TENSORS * SIZE)
+    return (moved.total - accumulation * own.total) / (NUM_TENSORS * SIZE)
 
 
 if __name__ == "__main__":
     deepspeed.init_distributed("gloo")
-    counts = {"ZeRO-1": count(1, 10**6), "ZeRO-2": count(2, 10**6), "ZeRO-2, large": count(2, SIZE - 1)}
+    cases = {"ZeRO-1": (1, 10**6), "ZeRO-2": (2, 10**6), "ZeRO-2, large": (2, SIZE - 1)}
+    counts = {name: [count(*case, accumulation) for accumulation in (1, 3)] for name, case in cases.items()}
     print(json.dumps(counts), flush=True)
     leave_process_group()
     exit_process(0)

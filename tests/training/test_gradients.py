@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
+from dnazen.planning.cost import MICRO_LAUNCHES, STEP_LAUNCHES, TENSOR_LAUNCHES
 from dnazen.pretraining.deepspeed import separate_steps
 from dnazen.pretraining.training_arguments import PretrainingArguments
 from tests.helpers.launch import PROGRAMS, ROOT, environment, run_program
@@ -29,8 +30,13 @@ def test_operations_of_an_optimizer_step():
     """DeepSpeed's own search and norms take 15 for each of the model's tensors, under ZeRO-3 norms alone."""
     line = next(line for line in run_program(PROGRAMS / "step_operations.py", 1).splitlines() if line.startswith("{"))
     counts = json.loads(line)
-    assert all(counts[stage][0] <= 100 < 3000 < counts[stage][1] for stage in ("ZeRO-1", "ZeRO-2")), counts
-    assert counts["ZeRO-3"][0] <= 400 < 700 < counts["ZeRO-3"][1], counts
+    assert all(counts[stage][0] <= 100 < 3000 < counts[stage][2] for stage in ("ZeRO-1", "ZeRO-2")), counts
+    assert counts["ZeRO-3"][0] <= 400 < 700 < counts["ZeRO-3"][2], counts
+    for stage in (1, 2, 3):  # what the prediction of a step takes them to be
+        step, backward, _ = counts[f"ZeRO-{stage}"]
+        assert step == pytest.approx(STEP_LAUNCHES[stage], rel=0.1), counts
+        in_tensors = TENSOR_LAUNCHES[1] if stage == 1 else MICRO_LAUNCHES[stage]
+        assert backward == pytest.approx(in_tensors * 241, rel=0.05), counts
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

@@ -16,8 +16,8 @@ from dnazen.files import InputError, atomic_directory, read_json, write_json
 from dnazen.models import DNAZenConfig
 from dnazen.models.modeling_dnazen import BACKENDS
 from dnazen.ngram.vocab import load_ngrams
-from dnazen.pretraining.arguments import RECIPES
 from dnazen.pretraining.bench.measure import measure
+from dnazen.sizes import RECIPES
 
 VERSIONS_OF = ("dnazen", "torch", "transformers", "numpy")
 
