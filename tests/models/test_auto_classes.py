@@ -18,27 +18,46 @@ for name in names:
 """
 
 
-def run(code: str, root) -> None:
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+ORDERS = [
+    "import dnazen, transformers\nfrom transformers import AutoConfig",
+    "import transformers, dnazen\nfrom transformers import AutoConfig",
+    "from transformers import AutoConfig\nimport dnazen, transformers",
+    "from transformers import AutoConfig, AutoModelForMaskedLM, Trainer\nimport dnazen, transformers",
+    # those that import the Auto modules on their own way
+    "import dnazen, transformers\nfrom transformers import PreTrainedModel, AutoConfig",
+    "import dnazen, transformers\nfrom transformers import Trainer, BertModel, pipeline, AutoTokenizer, AutoConfig",
+    "import transformers\nfrom dnazen.models import DNAZenModel\nfrom transformers import AutoConfig",
+    "import transformers\nimport dnazen.models.modeling_dnazen\nfrom transformers import AutoConfig",
+]
+# each program in a fork of its own, of a process that has imported what takes longest and has no say in the order
+FORKS = """
+import os, sys, traceback
+import torch
+assert not {"transformers", "dnazen"} & sys.modules.keys()
+for program in sys.argv[1:]:
+    if not (child := os.fork()):
+        try:
+            exec(program, {})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, program
+    print("as it should be")
+"""
+
+
+def run(code: str, root, *arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=root, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import dnazen, transformers\nfrom transformers import AutoConfig",
-        "import transformers, dnazen\nfrom transformers import AutoConfig",
-        "from transformers import AutoConfig\nimport dnazen, transformers",
-        "from transformers import AutoConfig, AutoModelForMaskedLM, Trainer\nimport dnazen, transformers",
-        # those that import the Auto modules on their own way
-        "import dnazen, transformers\nfrom transformers import PreTrainedModel, AutoConfig",
-        "import dnazen, transformers\nfrom transformers import Trainer, BertModel, pipeline, AutoTokenizer, AutoConfig",
-        "import transformers\nfrom dnazen.models import DNAZenModel\nfrom transformers import AutoConfig",
-        "import transformers\nimport dnazen.models.modeling_dnazen\nfrom transformers import AutoConfig",
-    ],
-)
-def test_models_are_known_whichever_is_imported_first(imports, root):
-    run(imports + BUILD, root)
+def test_models_are_known_whichever_is_imported_first(root):
+    run(ORDERS[0] + BUILD, root)  # with PyTorch imported on the way, as by a user
+    output = run(FORKS, root, *(imports + BUILD for imports in ORDERS))
+    assert output.count("as it should be") == len(ORDERS)
 
 
 def test_import_dnazen_imports_neither_torch_nor_transformers(root):

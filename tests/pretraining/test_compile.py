@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from tests.helpers.genome import prepare_part
 from tests.helpers.launch import run, steps
 
 # fp32: compiled sums in another order, over the few steps of a test
@@ -42,8 +43,10 @@ def test_compilation_does_not_go_with_zero3(prepared, tmp_path):
 
 @pytest.mark.slow
 def test_kernels_and_batches_made_on_the_device_change_nothing(prepared, tmp_path):
-    """Matching, masking and fusion interpreted on the CPU, as they run on a GPU."""
-    short = {**prepared.arguments(), "max_batch_tokens": 160, "gradient_accumulation_steps": 2, "max_steps": 3}
+    """Matching, masking and fusion interpreted on the CPU, as they run on a GPU: slowly, so on little data."""
+    prepare_part(tmp_path, num_bases=40_000, max_tokens=126)
+    data = {name: tmp_path / name for name in ("corpus", "ngrams")}
+    short = {**prepared.arguments(), **data, "max_batch_tokens": 160, "gradient_accumulation_steps": 2, "max_steps": 3}
     runs = [
         run(**short, **flags, output_dir=tmp_path / name) and tmp_path / name / "checkpoint-3"
         for name, flags in {"plain": {}, "kernels": {"impl": "triton", "zero": 2}}.items()
