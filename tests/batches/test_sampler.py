@@ -13,7 +13,7 @@ lengths_strategy = st.lists(st.integers(1, 60), min_size=1, max_size=80).map(np.
 
 
 def take(sampler: MicroBatchSampler, count: int) -> list[tuple[int, list[int]]]:
-    return [(epoch, sequences.tolist()) for epoch, sequences in itertools.islice(sampler, count)]
+    return [(epoch, sequences.tolist()) for epoch, sequences, _ in itertools.islice(sampler, count)]
 
 
 @settings(deadline=None, max_examples=50)
