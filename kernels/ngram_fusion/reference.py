@@ -101,8 +101,7 @@ def keep_mask(
     for shift, multiplier in zip((30, 27), multipliers):
         number = _xor_shifted(number, shift).mul_(multiplier)
     draws = _xor_shifted(number, 31).view(torch.int16)[:, :hidden_size]
-    # straight to `dtype`: a detour over bool takes longer than the draws
-    return torch.ge(draws, num_dropped - 32768, out=torch.empty(draws.shape, dtype=dtype, device=seed.device))
+    return draws.ge_(num_dropped - 32768).to(dtype)  # in place, for a detour over bool takes longer than the draws
 
 
 def _xor_shifted(number: torch.Tensor, shift: int) -> torch.Tensor:
