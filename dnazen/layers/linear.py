@@ -79,8 +79,8 @@ class SharedInputLinear(Linear):
         if not hands_input_on:
             return super().forward(input)
         # the compiler finds product and sum by itself; under autocast they are of two types
-        is_plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type)
-        if is_plain or _is_bf16_without_products(input) or input.numel() < MIN_ELEMENTS:
+        is_plain = torch.compiler.is_compiling() or input.numel() < MIN_ELEMENTS or _is_bf16_without_products(input)
+        if is_plain or torch.is_autocast_enabled(input.device.type):
             return super().forward(input), input
         return _LinearAndInput.apply(input, self.weight, self.bias)
 

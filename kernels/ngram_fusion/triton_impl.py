@@ -102,7 +102,7 @@ def _residual_layer_norm_backward_kernel(
     partial[1, p] and partial[2, p].
     """
     program = tl.program_id(0).to(tl.int64)
-    num_programs = tl.num_programs(0)
+    num_programs = tl.num_programs(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_H)
     inside = columns < H
     weight = tl.load(weight_ptr + columns, mask=inside, other=0).to(ACC)

@@ -61,11 +61,9 @@ def plain(model_folder):
             weights = torch.softmax(query @ key.mT / 8**0.5, dim=-1)
             received.append(weights.mean((0, 1)).numpy())
             output = layer.attention.output
-            states = output.LayerNorm.forward(
-                output.dense((weights @ value).transpose(0, 1).flatten(1)), states,
-                lambda x, residual, weight, bias, eps, _: torch.nn.functional.layer_norm(
-                    x + residual, (24,), weight, bias, eps
-                ),
+            states = torch.nn.functional.layer_norm(
+                output.dense((weights @ value).transpose(0, 1).flatten(1)) + states, (24,), output.LayerNorm.weight,
+                output.LayerNorm.bias, output.LayerNorm.eps,
             )  # fmt: skip
             states = torch.nn.functional.layer_norm(
                 layer.output.dense(layer.intermediate(states)) + states, (24,), layer.output.LayerNorm.weight,

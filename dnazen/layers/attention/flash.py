@@ -10,7 +10,7 @@ from dnazen.layers.attention.dense import Attention, PackedAttention
 
 def flash_attention_2(cu_seqlens: Tensor, max_seqlen: int, total: int, slopes: Tensor | None) -> Attention:
     """FlashAttention-2, whose ALiBi is `-slope * |i - j|` where nothing is causal (its `alibi_slopes`, fp32)."""
-    from flash_attn.flash_attn_interface import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
+    from flash_attn.flash_attn_interface import flash_attn_varlen_func
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
         context = flash_attn_varlen_func(
@@ -19,6 +19,8 @@ def flash_attention_2(cu_seqlens: Tensor, max_seqlen: int, total: int, slopes: T
         return context, None
 
     def attend_packed(qkv: Tensor) -> tuple[Tensor, None]:
+        from flash_attn.flash_attn_interface import flash_attn_varlen_qkvpacked_func
+
         return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, alibi_slopes=slopes), None
 
     return PackedAttention(attend, attend_packed)
