@@ -251,8 +251,9 @@ def test_rehearsal_by_hand():
 
 @pytest.mark.slow
 def test_the_budget_of_a_step_holds_all_that_is_owed(batch, device, monkeypatch):
-    """The kernels' arithmetic, taken from PyTorch's own graphs, against the formula that `dnazen bench` divides by, less
-    what it says is left out. The first model adds residuals' gradients as large batches do, the second as small ones.
+    """The kernels' arithmetic, taken from PyTorch's own graphs, against the formula that `dnazen bench` divides by,
+    less what it says is left out. The first model adds residuals' gradients as large batches do, the second as small
+    ones.
     """
     if device.type == "cuda":
         pytest.skip("needs Triton's interpreter, for it counts the operations that run on a CPU")

@@ -136,7 +136,7 @@ class _Layers:
     def masked_rows(self, times: int = 1) -> tuple[list[Kernel], list[Kernel]]:
         """Taken from as many states of all tokens; their gradients put back among zeros."""
         rows, masked = self.batch.num_tokens, self.batch.num_masked
-        backward = [Kernel(self.state(rows)), Kernel(3 * self.state(masked) + 8 * masked)]
+        backward = [Kernel(self.state(rows) + self.state(masked)), Kernel(3 * self.state(masked) + 8 * masked)]
         return [Kernel(2 * self.state(masked) + 8 * masked)] * times, backward * times
 
     def ngram_projections(self) -> tuple[list[Kernel], list[Kernel]]:

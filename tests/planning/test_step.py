@@ -115,8 +115,8 @@ def test_the_step_of_base_is_as_audited():
 
 
 def test_terms_take_kernels_away():
-    """Drop-out: its pass over the states each way in each of 36 ends of a sub-layer, where the seed's draw is left of the
-    forward's; the bias' sum is of partial ones. Joined gradients: the stack, and the residual's sum, in each of 12
+    """Drop-out: its pass over the states each way in each of 36 ends of a sub-layer, where the seed's draw is left of
+    the forward's; the bias' sum is of partial ones. Joined gradients: the stack, and the residual's sum, in each of 12
     layers.
     """
     batch = batch_of(65_536, 405, 0.058, 0.119, 0.18)
