@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
@@ -37,6 +38,8 @@ from benchmarks.batches import Batch, Genome, add_genome_arguments, load_genomes
 from benchmarks.roofline import Traffic, implementation_rows, integer_rows
 from benchmarks.run import BATCH_TOKENS
 from dnazen.files import write_json
+from dnazen.layers import linear
+from dnazen.layers.attention.dense import PackedAttention
 from dnazen.layers.encoder import NgramLayer, TokenLayer
 from dnazen.layers.fusion import packed_add_norm
 from dnazen.models import DNAZenConfig, DNAZenForMaskedLM
@@ -44,7 +47,7 @@ from dnazen.planning.cost import Layout, Step, assemble, seconds_of, step
 from dnazen.planning.devices import GPUS, Gpu, Prices
 from dnazen.planning.kernel import Kernel, Part
 from dnazen.planning.plan import MEAN_TOKENS, ModelShape, batch_of
-from dnazen.planning.step import PRESENT, BatchShape, Terms, attention_kernels
+from dnazen.planning.step import BEFORE, BatchShape, Terms, attention_kernels
 from dnazen.planning.step import parts_of_step as step_parts
 from dnazen.pretraining.bench.flops import training_flops
 from dnazen.sizes import RECIPES, SIZES
@@ -53,6 +56,8 @@ from dnazen_kernels.ngram_masking import IGNORE_INDEX
 
 SEQUENCE_LENGTH = 512
 NGRAM_VOCAB_SIZE = 162_708  # published
+
+FLOPS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}  # which torch leaves out
 
 Counted = tuple[list[Kernel], list[Kernel]]  # of forward and backward
 
@@ -65,10 +70,12 @@ class EagerKernels(Traffic):
         self.kernels: list[Kernel] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function == torch.ops.aten.index_add.default:  # in place, where nobody looks on: `index_select`'s backward
+            function = torch.ops.aten.index_add_.default
         before = self.launches, self.num_bytes
         result = super().__torch_dispatch__(function, types, args, kwargs)
         if self.launches > before[0]:
-            count = flop_registry.get(function.overloadpacket, lambda *_, **__: 0)
+            count = FLOPS.get(function.overloadpacket, lambda *_, **__: 0)
             flops = count(*args, **(kwargs or {}), out_val=result)
             self.kernels.append(kernel(self.num_bytes - before[1], flops, tree_leaves(result)[0].numel()))
             self.kernels += [Kernel(0)] * (self.launches - before[0] - 1)
@@ -84,11 +91,10 @@ def kernel(num_bytes: float, flops: float, outputs: int, draws: float = 0.0) -> 
     )
 
 
-def eager_kernels(run: Callable[[], Tensor], *beside: Tensor) -> Counted:
-    """Of forward and backward, on the meta device, where nothing is computed; gradients come from what is `beside`
-    too."""
+def eager_kernels(run: Callable[[], tuple[Tensor, ...]]) -> Counted:
+    """Of forward and backward, on the meta device, where nothing is computed."""
     with EagerKernels() as forward:
-        outputs = [run(), *beside]
+        outputs = run()
     with EagerKernels() as backward:
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
     return forward.kernels, backward.kernels
@@ -137,15 +143,16 @@ def draws(node: BaseSchedulerNode) -> float:
 
 
 class AttentionStandIn(torch.autograd.Function):
-    """Takes and gives what attention does, and launches nothing."""
+    """Takes query, key and value, apart or as one, gives what attention does, and launches nothing."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return torch.empty_like(value)
+    def forward(ctx, *states: Tensor) -> Tensor:
+        ctx.save_for_backward(*states)
+        return states[0].new_empty(len(states[0]), *states[0].shape[-2:])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(grad), torch.empty_like(grad), torch.empty_like(grad)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(states) for states in ctx.saved_tensors)
 
 
 def shape_of(batch: Batch) -> BatchShape:
@@ -156,6 +163,7 @@ def shape_of(batch: Batch) -> BatchShape:
     return BatchShape(lengths, ngram_lengths, len(masked.edges.token_ngrams), num_masked)
 
 
+@patch.object(linear, "_CPU_MULTIPLIES_BF16", True)  # as GPUs do, whatever this CPU does
 def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
     """Everything in forward and backward of one micro-batch in bf16, counted."""
     hidden, layers, fused = config.hidden_size, config.num_hidden_layers, config.num_hidden_ngram_layers
@@ -172,21 +180,29 @@ def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
     def states(rows: int, columns: int = hidden, device: str = "cpu") -> Tensor:
         return torch.empty(rows, columns, dtype=torch.bfloat16, device=device, requires_grad=True)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
-        return AttentionStandIn.apply(query, key, value), None
+    def attend(*states: Tensor) -> tuple[Tensor, None]:
+        return AttentionStandIn.apply(*states), None
+
+    flash_attention = PackedAttention(attend, attend)
 
     def projections(module: nn.Module, rows: int) -> Counted:
         """And the sum of the gradient that comes through them with that of the residual beside them."""
         residual, module = states(rows, device="meta").view(rows, hidden), module.to("meta")
-        return eager_kernels(lambda: module(residual, attend)[0], residual)
+        with patch.object(torch, "is_autocast_enabled", return_value=False):  # which knows no meta device
+            return eager_kernels(lambda: module(residual, flash_attention)[:2])
 
     def residual_output(module: nn.Module, rows: int) -> Counted:
         return compiled_kernels(module, states(rows, module.dense.in_features), states(rows), add_norm)
 
+    def masked_rows(times: int) -> Counted:
+        all_states = [states(num_tokens, device="meta") for _ in range(times)]
+        indices = torch.zeros(num_masked, dtype=torch.int64, device="meta")
+        return eager_kernels(lambda: tuple(rows.index_select(0, indices) for rows in all_states))
+
     def embeddings(module: nn.Module, rows: int) -> Counted:
         input_ids = torch.zeros(rows, dtype=torch.int64, device="meta")
         cu_seqlens = torch.zeros(2, dtype=torch.int32, device="meta")
-        return eager_kernels(lambda: module(input_ids, cu_seqlens))
+        return eager_kernels(lambda: (module(input_ids, cu_seqlens),))
 
     ngram_states = states(num_ngrams)
     mlp, intermediate = token_layer.mlp, ngram_layer.intermediate.to("meta")
@@ -194,21 +210,30 @@ def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
     labels = torch.zeros(num_masked, dtype=torch.int64, device="meta")
 
     def inner(rows: int) -> Counted:
-        return eager_kernels(lambda: intermediate(states(rows, device="meta")))
+        return eager_kernels(lambda: (intermediate(states(rows, device="meta")),))
 
-    def loss() -> Tensor:
-        return F.cross_entropy(head(states(num_masked, device="meta")).float(), labels, reduction="sum")
+    def loss() -> tuple[Tensor]:
+        return (F.cross_entropy(head(states(num_masked, device="meta")).float(), labels, reduction="sum"),)
 
-    shape = shape_of(batch)
+    shape, skips = shape_of(batch), config.skips_unmasked_rows
+    last = [Part("masked rows", 1, *masked_rows(1))]
+    if skips:
+        masked_output = residual_output(token_layer.attention.output, num_masked)
+        last = [
+            Part("tokens, last layer: masked rows", 1, *masked_rows(2)),
+            Part("tokens, last layer: attention's output", 1, *masked_output),
+            Part("tokens, last layer: MLP", 1, *compiled_kernels(mlp, states(num_masked), add_norm, None)),
+        ]
     return [
         *(Part(row.name, 1, [Kernel(row.num_bytes / row.launches)] * row.launches, []) for row in integer_rows(batch)),
         Part("embeddings: tokens", 1, *embeddings(model.bert.embeddings, num_tokens)),
         Part("embeddings: G-grams", 1, *embeddings(model.bert.ngram_embeddings, num_ngrams)),
         Part("tokens: q, k, v", layers, *projections(token_layer.attention.self, num_tokens)),
         Part("tokens: attention", layers, *attention_kernels(shape.lengths, hidden)),
-        Part("tokens: attention's output", layers, *residual_output(token_layer.attention.output, num_tokens)),
-        Part("tokens: MLP", layers - fused, *compiled_kernels(mlp, states(num_tokens), add_norm, None)),
+        Part("tokens: attention's output", layers - skips, *residual_output(token_layer.attention.output, num_tokens)),
+        Part("tokens: MLP", layers - skips - fused, *compiled_kernels(mlp, states(num_tokens), add_norm, None)),
         Part("tokens: MLP, then fusion", fused, *compiled_kernels(mlp, states(num_tokens), add_norm, ngram_states)),
+        *last,
         Part("G-grams: q, k, v", fused, *projections(ngram_layer.attention.self, num_ngrams)),
         Part("G-grams: attention", fused, *attention_kernels(shape.ngram_lengths, hidden)),
         Part("G-grams: attention's output", fused, *residual_output(ngram_layer.attention.output, num_ngrams)),
@@ -300,7 +325,7 @@ def attention_table() -> str:
         shape = shape_of_ecoli(RECIPES[model].max_batch_tokens)
         for name in gpu.attention:
             parts = [part for part in step_parts(config, shape) if part.name == "tokens: attention"]
-            cells = [f"{1e3 * seconds_of(parts, prices_of(config, gpu, e, name), PRESENT):.1f}" for e in (False, True)]
+            cells = [f"{1e3 * seconds_of(parts, prices_of(config, gpu, e, name)):.1f}" for e in (False, True)]
             found = step(config, shape, gpu, name, Layout(accumulation=4))
             lines.append([f"{model}, {name}", *cells, f"{found.tokens_per_second / 1e3:,.0f} k"])
     return rows(["", "optimistic, ms", "expected, ms", "tokens/s, expected, 4 micro-batches"], lines)
@@ -311,7 +336,7 @@ def savings_table() -> str:
     of a corpus do that fill their tokens.
     """
     config, shape, layout = ModelShape.of("base"), shape_of_ecoli(65_189), Layout(accumulation=4)
-    terms, lines, before = Terms(*[False] * len(Terms._fields)), [], None
+    terms, lines, before = BEFORE, [], None
     for name in ("none of them", *Terms._fields, "pieces of 508 tokens"):
         terms = terms._replace(**{name: True}) if name in Terms._fields else terms
         shape = shape_of_ecoli(65_189, 508) if name == "pieces of 508 tokens" else shape
@@ -329,9 +354,11 @@ def savings_table() -> str:
 
 def reference_seconds(config: Any, shape: BatchShape, padded: int, prices: Prices) -> float:
     """Forward and backward of the reference in bf16, every sequence padded to `padded`: its fp32 scores cross memory
-    ten times a layer, what we have in one kernel each way (LayerNorm, residual, fusion) crosses it 11 states more."""
+    ten times a layer, what we have in one kernel each way (LayerNorm, residual, fusion) crosses it 11 states more. Of
+    what our step does without, it shares the sum of residuals' gradients alone."""
     layers, rows_of = config.num_hidden_layers, padded * len(shape.lengths)
-    parts = step_parts(config, shape._replace(lengths=[padded] * len(shape.lengths)))
+    terms = BEFORE._replace(residual_added=True)
+    parts = step_parts(config, shape._replace(lengths=[padded] * len(shape.lengths)), terms)
     scores = config.num_attention_heads * float(padded) * rows_of
     head_dim = config.hidden_size // config.num_attention_heads
     product = Kernel(2 * scores, 2 * scores * head_dim, "matmul", head_dim)
@@ -339,7 +366,7 @@ def reference_seconds(config: Any, shape: BatchShape, padded: int, prices: Price
     state = 2 * rows_of * config.hidden_size
     apart = Part("one by one", 2 * layers, [Kernel(state)] * 7, [Kernel(state)] * 4)
     parts = [part for part in parts if part.name != "tokens: attention"]
-    return seconds_of([*parts, Part("attention", layers, *attention), apart], prices, PRESENT)
+    return seconds_of([*parts, Part("attention", layers, *attention), apart], prices)
 
 
 def reference_table() -> str:
@@ -348,7 +375,7 @@ def reference_table() -> str:
     prices = prices_of(config, GPUS["H200"], True)
     for mean in (510, 405, 256, 128, 104, 70):
         shape = shape_of_ecoli(65_536, mean)
-        ours = seconds_of(step_parts(config, shape), prices, PRESENT)
+        ours = seconds_of(step_parts(config, shape), prices)
         lines.append([mean, *(f"{reference_seconds(config, shape, to, prices) / ours:.1f}" for to in (512, mean))])
     return rows(["tokens of every sequence", "padded to 512", "padded to the batch's longest, as long as all"], lines)
 

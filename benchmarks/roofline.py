@@ -35,6 +35,7 @@ FREE = {
     "_unsafe_view",
 }  # fmt: skip
 GATHERS = {"embedding", "index", "index_select", "gather"}
+SCATTERS = {"index_add_"}
 LAUNCHES = {"dnazen::ngram_masking": 8, "dnazen::residual_layer_norm_backward": 2}  # as op.py says; of others 1
 
 
@@ -72,6 +73,9 @@ class Traffic(TorchDispatchMode):
             self.num_bytes += 2 * RADIX_PASSES * sum(tensor.nbytes for tensor in outputs)
         elif name in GATHERS:  # what is not asked for is not read
             self.num_bytes += 2 * outputs[0].nbytes + sum(tensor.nbytes for tensor in inputs[1:])
+        elif name in SCATTERS:  # nor is what nothing is added to
+            indices, addends = inputs[1:]
+            self.num_bytes += indices.nbytes + 3 * addends.nbytes
         elif name == "ngram_fusion":  # reads no row that no edge leads to, and one of the views
             hidden_states, values, offsets, indices, *_ = args
             reached = min(values.nbytes, len(indices) * values.shape[1] * values.itemsize)

@@ -67,14 +67,9 @@ def tensors(config: Any) -> int:
     return layers + 2 * 4 + 2 * config.neighbor_window + 5
 
 
-def seconds_of(parts: list[Part], prices: Prices, terms: Terms) -> float:
-    """Of kernels in a row; those of a G-gram encoder on a stream of its own take what others leave idle, so that they
-    cost what they do, and not that they are small."""
-    hidden = prices
-    if terms.ngrams_beside:
-        full = {engine: getattr(prices, engine)._replace(half=0.0) for engine in ("matmul", "forward", "backward")}
-        hidden = prices._replace(floor=0.0, **full)
-    return sum(part.seconds(hidden if part.name.startswith("G-grams") else prices) for part in parts)
+def seconds_of(parts: list[Part], prices: Prices) -> float:
+    """Of kernels in a row."""
+    return sum(part.seconds(prices) for part in parts)
 
 
 def forward_only(parts: list[Part]) -> list[Part]:
@@ -109,22 +104,22 @@ def step(
         layout: how many GPUs, and how they share the states.
         expected: else optimistic.
         checkpointing: of the layers.
-        terms: what the step does without.
+        terms: what the step does without; joined gradients need FlashAttention.
     """
     head_dim = config.hidden_size // config.num_attention_heads
     prices = gpu.prices(attention, head_dim, expected, layout.bus)
+    if not attention.startswith("flash"):
+        terms = terms._replace(gradients_joined=False)
     parts = parts_of_step(config, batch, terms)
     parts = checkpointed(parts) if checkpointing else parts
-    return assemble(config, parts, batch.num_tokens, prices, layout, terms)
+    return assemble(config, parts, batch.num_tokens, prices, layout)
 
 
-def assemble(
-    config: Any, parts: list[Part], num_tokens: int, prices: Prices, layout: Layout, terms: Terms = PRESENT
-) -> Step:
+def assemble(config: Any, parts: list[Part], num_tokens: int, prices: Prices, layout: Layout) -> Step:
     """A step of these parts, counted or in closed form, for each of its micro-batches."""
     stage, times = layout.stage, layout.accumulation
-    computing, count = seconds_of(parts, prices, terms), parameters(config)
-    backward = computing - seconds_of(forward_only(parts), prices, terms)
+    computing, count = seconds_of(parts, prices), parameters(config)
+    backward = computing - seconds_of(forward_only(parts), prices)
 
     def moved(bytes_of: Moved) -> float:
         spared = LARGE_SPARES * table(config) if table(config) > BUCKET and bytes_of.own > LARGE_SPARES else 0

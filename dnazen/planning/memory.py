@@ -51,11 +51,11 @@ def layer_bytes(config: Any) -> tuple[int, int]:
     """Kept for the backward of a layer: bytes a token of the token encoder, and a G-gram of the G-gram encoder.
 
     States of bf16: the layer's input, q, k, v, the context, both sums that are normalized, the state between
-    attention and feed-forward; inside it 4 (gated) and 2 (plain) times its width. Beside them the masks of drop-out,
-    the moments of both norms and the logsumexp of each head, fp32.
+    attention and feed-forward; inside it 4 (gated) and 2 (plain) times its width. Beside them the moments of both norms
+    and the logsumexp of each head, fp32.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
-    both = 16 * hidden + 2 * hidden * (config.hidden_dropout_prob > 0) + 16 + 4 * config.num_attention_heads
+    both = 16 * hidden + 16 + 4 * config.num_attention_heads
     return both + 8 * inner, both + 4 * inner
 
 

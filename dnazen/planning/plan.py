@@ -10,7 +10,7 @@ from dnazen.planning.cost import Layout, Step, forward_only, seconds_of, step
 from dnazen.planning.devices import GPUS, Gpu
 from dnazen.planning.memory import memory, parameters, table
 from dnazen.planning.preparation import MEASURED, Job, extrapolate
-from dnazen.planning.step import PRESENT, BatchShape, parts_of_step, spread
+from dnazen.planning.step import BatchShape, parts_of_step, spread
 from dnazen.sizes import RECIPES, SIZES
 
 _CORPUS = MEASURED["corpus"]["2 workers"]
@@ -279,7 +279,7 @@ def make_plan(setting: Setting, calibration: Calibration, bases: float, epochs: 
         )
     steps = math.ceil(tokens * epochs / a_step.tokens)
     prices = setting.gpu.prices(setting.attention, config.hidden_size // config.num_attention_heads, True)
-    forward = seconds_of(forward_only(parts_of_step(config, setting.batch)), prices, PRESENT)
+    forward = seconds_of(forward_only(parts_of_step(config, setting.batch)), prices)
     batches = math.ceil(EVALUATED_TOKENS / setting.batch.num_tokens / layout.gpus)
     checkpoint = CHECKPOINT_BYTES * parameters(config)
     checkpoints = math.ceil(steps / SAVE_STEPS) * checkpoint / CHECKPOINT_RATE

@@ -15,6 +15,7 @@ from dnazen.planning.kernel import Kernel, Part
 # of a micro-batch: operations, and bytes a token with the G-grams that genomes have (benchmarks/README.md)
 MATCHING, MASKING = (85, 4620), (19, 162)
 FUSION_INDEX = 4  # bytes of an entry of the views of `NgramEdges`
+MIN_ELEMENTS = 2**24  # `MIN_ELEMENTS` of dnazen/layers/linear.py
 
 
 class BatchShape(NamedTuple):
@@ -35,15 +36,16 @@ class BatchShape(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What the step does without, and the counted graph shows so."""
+    """What the step does without; none of it is what it did before, for comparison."""
 
-    dropout_in_norm: bool = False  # drop-out and the bias' gradient are part of the LayerNorm's kernels
-    gradients_joined: bool = False  # those of q, k, v are written side by side, the residual's in a matrix product
-    ngrams_beside: bool = False  # the G-gram encoder runs on a stream of its own
-    last_layer_masked: bool = False  # the last layer's query, output and MLP run on masked rows alone
+    dropout_in_norm: bool = True  # drop-out and the bias' gradient are part of the LayerNorm's kernels
+    gradients_joined: bool = True  # those of q, k, v are written side by side; by FlashAttention alone
+    residual_added: bool = True  # to the residual's gradient, by the product of `Wqkv`'s, from `MIN_ELEMENTS` on
+    last_layer_masked: bool = True  # the last layer's output and MLP run on masked rows alone, unless it is fused
 
 
 PRESENT = Terms()
+BEFORE = Terms(*[False] * len(PRESENT))
 
 
 def linear(rows: int, inputs: int, outputs: int, bias: bool = True) -> Kernel:
@@ -108,37 +110,34 @@ class _Layers:
         forward = [linear(rows, inputs, hidden)]
         backward = [Kernel((5 if inside and self.has_dropout else 4) * state + moments + 10 * hidden)]
         backward += [Kernel(state + ngrams + views)] * fused
-        backward += [Kernel(6 * hidden)] * 2
-        if self.has_dropout and not inside:  # the mask takes a byte an element
-            forward += [Kernel(8), Kernel(2.5 * state + 8, draws=rows * hidden)]
-            backward += [Kernel(2.5 * state)]
+        backward += [Kernel(6 * hidden)] * (2 + inside)
+        if self.has_dropout:
+            forward += [Kernel(8), Kernel(16) if inside else Kernel(2.5 * state + 8, draws=rows * hidden)]  # seed, draw
+            backward += [Kernel(2.5 * state)] * (not inside)  # reads the mask, a byte an element
         forward += [Kernel(3 * state + moments + 4 * hidden + fused * (ngrams + views))]
         return forward, backward + linear_backward(rows, inputs, hidden, bias=not inside)
 
     def mlp(self, rows: int, fused: bool) -> tuple[list[Kernel], list[Kernel]]:
         """The gated MLP."""
-        inner, joined = 2 * rows * self.feed_forward, self.terms.gradients_joined
+        inner = 2 * rows * self.feed_forward
         forward, backward = self.residual_output(rows, self.feed_forward, fused)
         forward = [linear(rows, self.hidden, 2 * self.feed_forward, bias=False), Kernel(3 * inner), *forward]
-        into, weight = linear_backward(rows, self.hidden, 2 * self.feed_forward, bias=False, summed=joined)
-        backward += [Kernel(5 * inner), weight, into]
-        return forward, backward + [Kernel(3 * self.state(rows))] * (not joined)
+        backward += [Kernel(5 * inner), *linear_backward(rows, self.hidden, 2 * self.feed_forward, bias=False)]
+        return forward, [*backward, Kernel(3 * self.state(rows))]
 
     def token_projections(self) -> tuple[list[Kernel], list[Kernel]]:
         """q, k and v in one product; the gradient of the residual beside them is added to theirs."""
-        rows, hidden, joined = self.batch.num_tokens, self.hidden, self.terms.gradients_joined
-        backward = linear_backward(rows, hidden, 3 * hidden, summed=joined)
-        if not joined:
-            backward = [Kernel(6 * self.state(rows)), *backward, Kernel(3 * self.state(rows))]
-        return [linear(rows, hidden, 3 * hidden)], backward
+        rows, hidden = self.batch.num_tokens, self.hidden
+        summed = self.terms.residual_added and rows * hidden >= MIN_ELEMENTS
+        backward = [Kernel(6 * self.state(rows))] * (not self.terms.gradients_joined)
+        backward += linear_backward(rows, hidden, 3 * hidden, summed=summed)
+        return [linear(rows, hidden, 3 * hidden)], backward + [Kernel(3 * self.state(rows))] * (not summed)
 
-    def masked_projections(self) -> tuple[list[Kernel], list[Kernel]]:
-        """k and v of all rows, q of the masked ones."""
-        rows, masked, hidden = self.batch.num_tokens, self.batch.num_masked, self.hidden
-        gathered = Kernel(2 * self.state(masked) + 8 * masked)
-        forward = [gathered, linear(rows, hidden, 2 * hidden), linear(masked, hidden, hidden)]
-        backward = [*linear_backward(masked, hidden, hidden), *linear_backward(rows, hidden, 2 * hidden)]
-        return forward, [*backward, Kernel(self.state(masked) + 2 * self.state(rows))]
+    def masked_rows(self, times: int = 1) -> tuple[list[Kernel], list[Kernel]]:
+        """Taken from as many states of all tokens; their gradients put back among zeros."""
+        rows, masked = self.batch.num_tokens, self.batch.num_masked
+        backward = [Kernel(self.state(rows) + self.state(masked)), Kernel(3 * self.state(masked) + 8 * masked)]
+        return [Kernel(2 * self.state(masked) + 8 * masked)] * times, backward * times
 
     def ngram_projections(self) -> tuple[list[Kernel], list[Kernel]]:
         rows, hidden = self.batch.num_ngrams, self.hidden
@@ -203,28 +202,23 @@ def parts_of_step(config: Any, batch: BatchShape, terms: Terms = PRESENT) -> lis
         Part(f"`ngram_{name}`", 1, [Kernel(tokens * num_bytes / launches)] * launches, [])
         for name, (launches, num_bytes) in (("matching", MATCHING), ("masking", MASKING))
     ]
-    whole = layers - terms.last_layer_masked
-    last_is_fused = terms.last_layer_masked and fused == layers
     attention, ngram_attention = (attention_kernels(n, hidden) for n in (batch.lengths, batch.ngram_lengths))
-    last: list[Part] = []
-    if terms.last_layer_masked:
-        asked = spread(batch.num_masked, batch.lengths)
-        last = [
-            Part("tokens, last layer: q, k, v", 1, *of.masked_projections()),
-            Part("tokens, last layer: attention", 1, *attention_kernels(batch.lengths, hidden, asked)),
-            Part("tokens, last layer: output", 1, *of.residual_output(batch.num_masked, hidden)),
-            Part("tokens, last layer: MLP", 1, *of.mlp(batch.num_masked, last_is_fused)),
-        ]
+    skips = terms.last_layer_masked and fused < layers
+    last = [
+        Part("tokens, last layer: masked rows", 1, *of.masked_rows(2)),
+        Part("tokens, last layer: attention's output", 1, *of.residual_output(batch.num_masked, hidden)),
+        Part("tokens, last layer: MLP", 1, *of.mlp(batch.num_masked, False)),
+    ]
     return [
         *integers,
         Part("embeddings: tokens", 1, *of.embeddings(tokens, config.vocab_size, 2, config.neighbor_window)),
         Part("embeddings: G-grams", 1, *of.embeddings(ngrams, config.ngram_vocab_size, 2, 0)),
-        Part("tokens: q, k, v", whole, *of.token_projections()),
-        Part("tokens: attention", whole, *attention),
-        Part("tokens: attention's output", whole, *of.residual_output(tokens, hidden)),
-        Part("tokens: MLP", whole - fused + last_is_fused, *of.mlp(tokens, False)),
-        Part("tokens: MLP, then fusion", fused - last_is_fused, *of.mlp(tokens, True)),
-        *last,
+        Part("tokens: q, k, v", layers, *of.token_projections()),
+        Part("tokens: attention", layers, *attention),
+        Part("tokens: attention's output", layers - skips, *of.residual_output(tokens, hidden)),
+        Part("tokens: MLP", layers - skips - fused, *of.mlp(tokens, False)),
+        Part("tokens: MLP, then fusion", fused, *of.mlp(tokens, True)),
+        *(last if skips else [Part("masked rows", 1, *of.masked_rows())]),
         Part("G-grams: q, k, v", fused, *of.ngram_projections()),
         Part("G-grams: attention", fused, *ngram_attention),
         Part("G-grams: attention's output", fused, *of.residual_output(ngrams, hidden)),

@@ -88,10 +88,10 @@ def test_what_does_not_fit_is_refused_with_what_would():
     with pytest.raises(InputError) as refused:
         make_plan(wanted, PLAIN, 35e9, 1.0, 16)
     message = str(refused.value)
-    assert "expected at most the 80 GB that a H100 has, found 212 GB on each" in message
-    assert "--max-batch-tokens 21504, or --gradient-checkpointing, or --model large, or --model base" in message
-    assert needed(wanted._replace(max_batch_tokens=21_504), PLAIN) <= 80e9
-    assert needed(wanted._replace(max_batch_tokens=21_504 + 1024), PLAIN) > 80e9
+    assert "expected at most the 80 GB that a H100 has, found 206 GB on each" in message
+    assert "--max-batch-tokens 22528, or --gradient-checkpointing, or --model large, or --model base" in message
+    assert needed(wanted._replace(max_batch_tokens=22_528), PLAIN) <= 80e9
+    assert needed(wanted._replace(max_batch_tokens=22_528 + 1024), PLAIN) > 80e9
     assert needed(wanted._replace(checkpointing=True), PLAIN) <= 80e9
     # a measurement that took twice the memory
     with pytest.raises(InputError, match="found .* GB on each"):

@@ -14,7 +14,7 @@ from dnazen.planning.devices import GPUS, NETWORK, Rate
 from dnazen.planning.kernel import Kernel, Part
 from dnazen.planning.memory import layer_bytes, memory, parameters, table
 from dnazen.planning.plan import ModelShape, batch_of
-from dnazen.planning.step import BatchShape, Terms, attention_kernels, parts_of_step, spread
+from dnazen.planning.step import BEFORE, PRESENT, BatchShape, Terms, attention_kernels, parts_of_step, spread
 from dnazen.pretraining.bench.flops import PEAK_TFLOPS
 from dnazen.sizes import SIZES
 from dnazen_kernels.ngram_edges import NgramEdges
@@ -100,15 +100,14 @@ def test_the_step_of_base_is_as_audited():
     in each of the four. Its attention is slower by 2 ms, as FlashAttention-3's backward is published.
     """
     batch = batch_of(65_189, 405, 0.058, 0.119, 0.18)
-    layout, before = Layout(accumulation=4), Terms()
-    found = step(BASE, batch, H200, FLASH_4, layout, terms=before)
+    found = step(BASE, batch, H200, FLASH_4, Layout(accumulation=4), terms=BEFORE)
     assert 1e3 * found.seconds / 4 == pytest.approx(138 - 14.5 - 4.7, rel=0.05)
     prices = H200.prices(FLASH_4, 64, expected=True)
-    times = {part.name: 1e3 * part.seconds(prices) for part in parts_of_step(BASE, batch, before)}
+    times = {part.name: 1e3 * part.seconds(prices) for part in parts_of_step(BASE, batch, BEFORE)}
     assert times["tokens: attention"] == pytest.approx(19.5, rel=0.15)
     matmul = sum(
         part.times * one.seconds(prices)
-        for part in parts_of_step(BASE, batch, before)
+        for part in parts_of_step(BASE, batch, BEFORE)
         for one in part.kernels
         if one.engine == "matmul" and part.name.startswith("tokens")
     )
@@ -116,8 +115,9 @@ def test_the_step_of_base_is_as_audited():
 
 
 def test_terms_take_kernels_away():
-    """Drop-out: its two kernels, the seed and the bias' sum in each of 36 ends of a sub-layer. Joined gradients: the
-    stack and the two residual sums in each of 12 layers.
+    """Drop-out: its pass over the states each way in each of 36 ends of a sub-layer, where the seed's draw is left of
+    the forward's; the bias' sum is of partial ones. Joined gradients: the stack, and the residual's sum, in each of 12
+    layers.
     """
     batch = batch_of(65_536, 405, 0.058, 0.119, 0.18)
     rows = 2 * 65_536 * 768
@@ -127,30 +127,44 @@ def test_terms_take_kernels_away():
             part.launches if field == "launches" else part.total(field) for part in parts_of_step(BASE, batch, terms)
         )
 
-    none = Terms(*[False] * 4)
-    inside, joined, last = (none._replace(**{name: True}) for name in Terms._fields if name != "ngrams_beside")
-    assert count(none, "launches") - count(inside, "launches") == 36 * 4
-    assert count(inside, "draws") == 0 and count(none, "draws") == 24 * rows / 2 + 12 * batch.num_ngrams * 768
-    assert count(none, "launches") - count(joined, "launches") == 12 * 3
-    # stacked 3 states, twice; two sums of 3 less the addend that the product reads
-    assert count(none, "num_bytes") - count(joined, "num_bytes") == 12 * (6 + 2 * (3 - 1)) * rows
-    # q, output projection and MLP of the rows that are not masked, forward and backward
-    spared = 65_536 - batch.num_masked
-    layer = 6 * spared * (2 * 768**2 + 3 * 768 * 3072)
-    attention = (
-        14
-        * 768
-        * (
-            sum(n * n for n in batch.lengths)
-            - sum(n * m for n, m in zip(batch.lengths, spread(batch.num_masked, batch.lengths)))
-        )
-    )
-    assert count(none, "flops") - count(last, "flops") == pytest.approx(layer + attention)
+    inside, joined, added, last = (BEFORE._replace(**{name: True}) for name in Terms._fields)
+    assert count(BEFORE, "launches") - count(inside, "launches") == 36
+    assert count(inside, "draws") == 0 and count(BEFORE, "draws") == 24 * rows / 2 + 12 * batch.num_ngrams * 768
+    # three passes of 2.5 states less the gradient of the drop-out's input, which the norm then writes, a bias' sum of 1
+    ends = 24 * rows + 12 * 2 * batch.num_ngrams * 768
+    assert count(BEFORE, "num_bytes") - count(inside, "num_bytes") == pytest.approx((2 * 2.5 - 1 + 1) * ends, rel=0.001)
+    assert count(BEFORE, "launches") - count(joined, "launches") == 12
+    assert count(BEFORE, "num_bytes") - count(joined, "num_bytes") == 12 * 6 * rows  # 3 states, read and written
+    assert count(BEFORE, "launches") - count(added, "launches") == 12
+    # a sum of 3 states less the addend that the product reads
+    assert count(BEFORE, "num_bytes") - count(added, "num_bytes") == 12 * (3 - 1) * rows
+    # output projection and MLP of the rows that are not masked, forward and backward
+    spared = 6 * (65_536 - batch.num_masked) * (768**2 + 3 * 768 * 3072)
+    assert count(BEFORE, "flops") - count(last, "flops") == pytest.approx(spared)
     everything = [
-        cost.seconds_of(parts_of_step(BASE, batch, terms), EXPECTED, terms)
-        for terms in (none, inside, joined, last, none._replace(ngrams_beside=True))
+        cost.seconds_of(parts_of_step(BASE, batch, terms), EXPECTED) for terms in (BEFORE, inside, joined, added, last)
     ]
     assert all(seconds < everything[0] for seconds in everything[1:])
+
+
+def test_terms_that_a_step_cannot_have_are_none():
+    """A last layer that is fused is computed whole; small batches add a residual's gradient in a pass of its own; other
+    attentions have their gradients stacked.
+    """
+    batch, fused = batch_of(4096, 405, 0.058, 0.119, 0.18), BASE._replace(num_hidden_ngram_layers=12)
+
+    def launches(config, terms):
+        return sum(part.launches for part in parts_of_step(config, batch, terms))
+
+    assert launches(fused, BEFORE) == launches(fused, BEFORE._replace(last_layer_masked=True))
+    assert launches(BASE, BEFORE) == launches(BASE, BEFORE._replace(residual_added=True))
+    flash, flex = "flash_attention_2", "flex_attention"
+    found = [
+        step(BASE, batch, H200, name, Layout(), terms=PRESENT._replace(gradients_joined=is_joined)).computing
+        for name in (flash, flex)
+        for is_joined in (True, False)
+    ]
+    assert found[0] < found[1] and found[2] == found[3]
 
 
 def test_deepspeed_by_hand():
@@ -226,10 +240,11 @@ class SavingStandIn(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_layers_keep_what_memory_says(dropout, device):
-    """On the meta device, storage by storage; parameters and indices aside."""
+def test_layers_keep_what_memory_says(dropout, device, monkeypatch):
+    """On the meta device, storage by storage; parameters, indices and seeds aside."""
     if device.type == "cuda":
         pytest.skip("needs Triton's interpreter, for the kernels are registered for it")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # it knows no meta device
     config = DNAZenConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, num_hidden_ngram_layers=1,
         hidden_dropout_prob=dropout,
@@ -243,15 +258,14 @@ def test_layers_keep_what_memory_says(dropout, device):
         kept = {}
 
         def keep(tensor, weights=weights, kept=kept):
-            if tensor.untyped_storage()._cdata not in weights and tensor.dtype != torch.int32:
+            if tensor.untyped_storage()._cdata not in weights and tensor.is_floating_point():
                 kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
             return tensor
 
         states = torch.empty(rows, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output, _ = layer(states, lambda *qkv: (SavingStandIn.apply(*qkv), None), add_norm, *extra)
-        masks = 2 * 32 * (dropout > 0)  # two of bf16 there; a GPU's are bool, half of that
-        assert sum(storage.nbytes() for storage in kept.values()) == rows * (expected + masks), layer_type
+        assert sum(storage.nbytes() for storage in kept.values()) == rows * expected, layer_type
 
 
 def test_memory_by_hand():
@@ -263,7 +277,7 @@ def test_memory_by_hand():
     assert (eight.weights, eight.gradients, eight.optimizer) == (2 * count, count / 2 + buckets, 1.5 * count)
     assert memory(BASE, batch, 8, 1).gradients == 2 * count
     assert memory(BASE, batch, 8, 3).weights == 2 * count / 8 + 2 * count  # under a billion, all stay gathered
-    assert layer_bytes(BASE)[0] == 16 * 768 + 2 * 768 + 16 + 4 * 12 + 8 * 3072
+    assert layer_bytes(BASE)[0] == 16 * 768 + 16 + 4 * 12 + 8 * 3072
     assert one.head == 200 * (8 * 768 + 16 * 4096)
     assert one.total == pytest.approx(1.05 * sum(one) + 2e9)
     saved = memory(BASE, batch, 1, 2, checkpointing=True)
