@@ -64,30 +64,21 @@ def linear_backward(rows: int, inputs: int, outputs: int, bias: bool = True, sum
     return kernels + [Kernel(2 * (rows + 1) * outputs)] * bias
 
 
-def attention_kernels(
-    lengths: Sequence[int], hidden_size: int, queries: Sequence[int] | None = None
-) -> tuple[list[Kernel], list[Kernel]]:
+def attention_kernels(lengths: Sequence[int], hidden_size: int) -> tuple[list[Kernel], list[Kernel]]:
     """Of flash attention: one forward; backward a preparation, the gradients (for which scores are computed again), a
     conversion.
 
     Args:
         lengths: rows of each sequence.
         hidden_size: of all heads together.
-        queries: rows of each that ask; default: all.
     """
-    queries = lengths if queries is None else queries
-    keys, asked = 2 * sum(lengths) * hidden_size, 2 * sum(queries) * hidden_size
-
-    def tiles(rows: int) -> int:
-        return -(-rows // TILE) * TILE
-
-    scores = sum(n * m for n, m in zip(lengths, queries, strict=True))
-    filled = sum(tiles(n) * tiles(m) for n, m in zip(lengths, queries, strict=True))
-    size = filled / max(sum(map(tiles, queries)), 1) or TILE  # what a query meets
+    state, tiles = 2 * sum(lengths) * hidden_size, [-(-rows // TILE) * TILE for rows in lengths]
+    scores, filled = sum(rows**2 for rows in lengths), sum(rows**2 for rows in tiles)
+    size = filled / max(sum(tiles), 1) or TILE  # what a query meets
     product = 2 * hidden_size  # FLOPs of a score in one of the products
-    forward = [Kernel(2 * asked + 2 * keys, 2 * product * scores, "forward", size, 2 * product * filled)]
-    gradients = Kernel(4 * asked + 4 * keys, 5 * product * scores, "backward", size, 5 * product * filled)
-    return forward, [Kernel(2 * asked), gradients, Kernel(2 * asked)]
+    forward = [Kernel(4 * state, 2 * product * scores, "forward", size, 2 * product * filled)]
+    gradients = Kernel(8 * state, 5 * product * scores, "backward", size, 5 * product * filled)
+    return forward, [Kernel(2 * state), gradients, Kernel(2 * state)]
 
 
 class _Layers:

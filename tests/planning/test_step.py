@@ -83,8 +83,6 @@ def test_attention_fills_tiles():
     rate = EXPECTED.forward
     apart = sum(rate.seconds(4 * 768 * n**2, n) for n in (512, 512, 128))
     assert forward.seconds(EXPECTED) == pytest.approx(apart)
-    (masked,), _ = attention_kernels([405], 768, [73])
-    assert masked.flops == 4 * 768 * 405 * 73 and masked.filled == 4 * 768 * 512 * 128
     assert attention_kernels([], 768)[0][0].seconds(EXPECTED) == EXPECTED.floor
 
 

@@ -36,7 +36,7 @@ def test_operations_of_an_optimizer_step():
         step, backward, _ = counts[f"ZeRO-{stage}"]
         assert step == pytest.approx(STEP_LAUNCHES[stage], rel=0.1), counts
         in_tensors = TENSOR_LAUNCHES[1] if stage == 1 else MICRO_LAUNCHES[stage]
-        summed = 36 if stage == 3 else 0  # biases of the sub-layers' ends: a layer with hooks sums their gradients itself
+        summed = 36 if stage == 3 else 0  # biases at the ends of sub-layers: a layer with hooks sums their gradients
         assert backward == pytest.approx(in_tensors * 241 + summed, rel=0.05), counts
 
 
