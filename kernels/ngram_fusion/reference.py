@@ -60,8 +60,9 @@ def residual_layer_norm_eager(
 
     Drop-out as in `keep_mask`, on `[T, H]`.
     """
-    if num_dropped:
-        kept = keep_mask(seed, *x.shape, num_dropped, x.dtype)
+    if num_dropped and seed is not None:
+        num_rows, hidden_size = x.shape
+        kept = keep_mask(seed, num_rows, hidden_size, num_dropped, x.dtype)
         hidden_states = torch.add(residual, x * kept, alpha=65536 / (65536 - num_dropped))  # scaled in fp32
     else:
         hidden_states = x + residual
