@@ -188,8 +188,7 @@ def parts_of_step(config: DNAZenConfig, batch: Batch) -> list[Part]:
     def projections(module: nn.Module, rows: int) -> Counted:
         """And the sum of the gradient that comes through them with that of the residual beside them."""
         residual, module = states(rows, device="meta").view(rows, hidden), module.to("meta")
-        with patch.object(torch, "is_autocast_enabled", return_value=False):  # which knows no meta device
-            return eager_kernels(lambda: module(residual, flash_attention)[:2])
+        return eager_kernels(lambda: module(residual, flash_attention)[:2])
 
     def residual_output(module: nn.Module, rows: int) -> Counted:
         return compiled_kernels(module, states(rows, module.dense.in_features), states(rows), add_norm)

@@ -80,7 +80,8 @@ class SharedInputLinear(Linear):
             return super().forward(input)
         # the compiler finds product and sum by itself; under autocast they are of two types
         is_plain = torch.compiler.is_compiling() or input.numel() < MIN_ELEMENTS or _is_bf16_without_products(input)
-        if is_plain or torch.is_autocast_enabled(input.device.type):
+        device_type = input.device.type
+        if is_plain or torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             return super().forward(input), input
         return _LinearAndInput.apply(input, self.weight, self.bias)
 
