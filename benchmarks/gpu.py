@@ -55,9 +55,10 @@ TUNED = {  # constants of the fusion's kernels, what shows their worth, and what
     "WARPS_PER_SM": ("residual_layer_norm", "bwd", (8, 12, 16)),
     "EDGES_AT_ONCE": ("ngram_fusion", "bwd", (2, 4, 8)),
 }
-DRY_BASES = 300_000
+DRY_BASES = 150_000
 CUDA_PROGRAMS = "/usr/local/cuda/bin"  # where programs lie that are often not on PATH
 TAIL = 25  # lines of a failed step's log
+start = subprocess.Popen  # of a step
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
@@ -262,7 +263,7 @@ class Sitting:
         if step.figures in ("bench", "operators"):  # of a try before
             shutil.rmtree(result.parent if step.figures == "bench" else result, ignore_errors=True)
         with log.open("w") as file:
-            process = subprocess.Popen(shlex.split(command), cwd=ROOT, env=own, stdout=file, stderr=subprocess.STDOUT)
+            process = start(shlex.split(command), cwd=ROOT, env=own, stdout=file, stderr=subprocess.STDOUT)
             try:
                 status = process.wait(step.limit)
                 state = "done" if status == 0 else f"failed with exit status {status}"

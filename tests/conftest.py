@@ -42,7 +42,7 @@ def shared_data() -> Path:
 
 
 class Prepared(NamedTuple):
-    """Folders and files that a run needs: the first 300 kb of the packaged genome, its own tokenizer and G-grams."""
+    """Folders and files that a run needs: the first 120 kb of the packaged genome, its own tokenizer and G-grams."""
 
     fasta: Path
     corpus: Path
@@ -64,7 +64,7 @@ def prepared(tmp_path_factory) -> Prepared:
     from tests.helpers.genome import prepare_part
 
     folder = tmp_path_factory.mktemp("prepared")
-    prepare_part(folder, num_bases=300_000, max_tokens=126)
+    prepare_part(folder, num_bases=120_000, max_tokens=126)
     size = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
         "num_hidden_ngram_layers": 1, "hidden_dropout_prob": 0.0,

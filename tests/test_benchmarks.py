@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -32,7 +33,8 @@ from dnazen.pretraining.bench.flops import skipped_flops
 from dnazen.pretraining.training_arguments import PretrainingArguments
 from dnazen_kernels.ngram_fusion import triton_impl as fusion_kernels
 from dnazen_kernels.ngram_masking import ngram_masking
-from tests.helpers.launch import PROGRAMS, run_program
+from tests.helpers.launch import PROGRAMS, rank_environments, run_program
+from tests.helpers.warm import WarmProgram
 
 
 @pytest.fixture(scope="module")
@@ -555,12 +557,39 @@ def test_attention_that_is_wrong_is_told(monkeypatch):
     assert not attention.measure("sdpa", small, cpu, torch.float32)["agrees"]
 
 
+class Starts:
+    """In place of `subprocess.Popen`: each launcher is started once, and then its scripts warm, as modules are.
+
+    But for what asks Triton's compiler, where the warm ones have its interpreter.
+    """
+
+    def __init__(self):
+        self.launchers = set()
+
+    def __call__(self, words, cwd, env, stdout, stderr):
+        launcher, *rest = words
+        output = Path(stdout.name)
+        if launcher == sys.executable:
+            if not {"benchmarks.budget", "doctor"} & set(rest):
+                return WarmProgram(rest, [env], output, cwd)
+        elif launcher in self.launchers:
+            processes_flag, processes, port_flag, port, *script = rest
+            assert processes_flag in ("--num_gpus", "--nproc_per_node") and port_flag == "--master_port"
+            return WarmProgram(script, rank_environments(int(processes), int(port), env), output, cwd)
+        else:
+            self.launchers.add(launcher)
+        return subprocess.Popen(words, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
+
+
 @pytest.mark.slow
 def test_the_plan_runs_dry(tmp_path, monkeypatch, capsys):
     """Every step that a CPU can do, small, in a folder with a space; a second call finds nothing to do."""
     tmp_path = tmp_path / "a folder"
+    starts = Starts()
+    monkeypatch.setattr(gpu, "start", starts)
     monkeypatch.setattr("sys.argv", ["gpu", "--dry-run", "--output-dir", str(tmp_path)])
     assert gpu.main() == 0, (tmp_path / "report.md").read_text()
+    assert starts.launchers == {"deepspeed", "torchrun"}
     page = (tmp_path / "report.md").read_text()
     states = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \| \d* \|$", page, re.MULTILINE))
     for step in gpu.plan(True):

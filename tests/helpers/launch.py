@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,11 @@ def command(launcher: str, processes: int, port: int, words: Sequence[object]) -
     return [*lines[launcher], *words]
 
 
-def rank_environments(processes: int, port: int) -> list[dict[str, str]]:
-    """What each of so many processes finds in its environment when a launcher starts it."""
+def rank_environments(processes: int, port: int, own: Mapping[str, str] | None = None) -> list[dict[str, str]]:
+    """What each of so many processes finds in its environment when a launcher starts it in its `own` (`environment`)."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     ranks = map(str, range(processes))
-    return [{**environment(), **meeting, "RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
+    return [{**(own or environment()), **meeting, "RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
 
 
 def flags(**arguments: Any) -> list[str]:

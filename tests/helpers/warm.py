@@ -32,7 +32,7 @@ class WarmProgram:
     """A program on one process, or on several as `torchrun` starts it: the first that fails ends the others.
 
     Args:
-        words: a script's path and its arguments, or `dnazen` and a command's.
+        words: a script's path and its arguments, or `dnazen` and a command's, or `-m`, a module and its.
         environments: all variables of each process.
         output: a file that takes what they print.
         folder: where they run.
@@ -92,10 +92,13 @@ def _become(words: list[str], variables: dict[str, str], folder: str, output: st
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
-    sys.argv = words
+    if "TORCH_LOGS" in variables:
+        torch._logging._internal._init_logs()  # which PyTorch does as it is imported
+    words = ["-m", "dnazen.cli.main", *words[1:]] if words[0] == "dnazen" else words
+    sys.argv = words[1:] if words[0] == "-m" else words
     try:
-        if words[0] == "dnazen":
-            runpy.run_module("dnazen.cli.main", run_name="__main__", alter_sys=True)
+        if words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(words[0], run_name="__main__")
     finally:

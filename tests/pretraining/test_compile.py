@@ -25,8 +25,8 @@ TOLERANCE = {"rtol": 2e-5, "atol": 1e-6}
     ids=lambda flags: "-".join(f"{name}={value}" for name, value in flags.items()),
 )
 def test_losses_are_those_without_the_flag(prepared, finished_run, tmp_path, flags, monkeypatch):
-    monkeypatch.setenv("TORCH_LOGS", "+dynamo")  # heeded as PyTorch is imported
-    output = run(**prepared.arguments(), **flags, launcher="torchrun", output_dir=tmp_path).stdout
+    monkeypatch.setenv("TORCH_LOGS", "+dynamo")
+    output = run(**prepared.arguments(), **flags, output_dir=tmp_path).stdout
     assert "attention sdpa (flash_attention_4" in output and ": it needs a CUDA device, and this is cpu" in output
     compiled = set(re.findall(r"start compiling \S+ \S*/(\w+\.py)", output))
     assert compiled == ({"encoder.py"} if "torch_compile_backend" in flags else set())
@@ -44,7 +44,7 @@ def test_compilation_does_not_go_with_zero3(prepared, tmp_path):
 @pytest.mark.slow
 def test_kernels_and_batches_made_on_the_device_change_nothing(prepared, tmp_path):
     """Matching, masking and fusion interpreted on the CPU, as they run on a GPU: slowly, so on little data."""
-    prepare_part(tmp_path, num_bases=40_000, max_tokens=126)
+    prepare_part(tmp_path, num_bases=20_000, max_tokens=126)
     data = {name: tmp_path / name for name in ("corpus", "ngrams")}
     short = {**prepared.arguments(), **data, "max_batch_tokens": 160, "gradient_accumulation_steps": 2, "max_steps": 3}
     runs = [

@@ -20,7 +20,6 @@ from tests.helpers.launch import run
 
 NUM_BASES = 400_000
 MOTIF, GAP = "ACCGTTGA", 2
-STEPS = 500
 
 
 def markov_text(probabilities: np.ndarray) -> str:
@@ -38,7 +37,7 @@ def motif_text() -> str:
     return "".join(MOTIF + "".join(gap) for gap in bases)
 
 
-def train(folder, text):
+def train(folder, text, num_steps):
     """Prepare a text, whose tokens are bases, train `tiny` on it as `make pretrain` does, and return what is needed."""
     fasta = folder / "text.fa"
     fasta.write_text(f">text\n{text}\n")
@@ -48,8 +47,8 @@ def train(folder, text):
     corpus = Corpus.open(folder / "corpus")
     build_ngrams(corpus, folder / "ngrams", min_pmi=0.3)
     run(
-        zero=2, launcher="deepspeed", corpus=folder / "corpus", ngrams=folder / "ngrams", model="tiny",
-        output_dir=folder / "model", max_steps=STEPS, mlm_probability=0.2, max_batch_tokens=1024, eval_steps=STEPS,
+        zero=2, corpus=folder / "corpus", ngrams=folder / "ngrams", model="tiny",
+        output_dir=folder / "model", max_steps=num_steps, mlm_probability=0.2, max_batch_tokens=1024, eval_steps=num_steps,
     )  # fmt: skip
     report = json.loads((folder / "model" / "report.json").read_text())
     assert json.loads((folder / "model" / "run.json").read_text())["agreement"]["precision"] == "bf16"
@@ -100,7 +99,7 @@ def best_markov_loss(probabilities: np.ndarray, corpus, vocabulary) -> float:
 @pytest.mark.slow
 def test_hidden_bases_of_a_markov_text_reach_its_entropy_and_all_parts_learn(tmp_path):
     probabilities = np.random.default_rng(0).dirichlet([0.5] * 4, size=(4, 4)) * 0.96 + 0.01
-    corpus, vocabulary, held_out = train(tmp_path, markov_text(probabilities))
+    corpus, vocabulary, held_out = train(tmp_path, markov_text(probabilities), 500)
     scores = held_out["scores"]
     entropy = best_markov_loss(probabilities, corpus, vocabulary)
     found, unigram = scores["DNAZEN tiny"]["loss"], scores["unigram"]["loss"]
@@ -137,9 +136,10 @@ def test_hidden_bases_of_a_markov_text_reach_its_entropy_and_all_parts_learn(tmp
 @pytest.mark.slow
 def test_hidden_bases_of_a_motif_with_gaps_reach_its_entropy(tmp_path):
     """The motif's bases are certain, those of the gaps are not: 2 of 10 bases cost ln 4."""
-    _, _, held_out = train(tmp_path, motif_text())
+    _, _, held_out = train(tmp_path, motif_text(), 300)
     scores = held_out["scores"]
     entropy = GAP / (len(MOTIF) + GAP) * math.log(4)
     # the share of hidden bases that lie in gaps is drawn: 12,000 bases, a deviation of 1.8 %; measured 2 % above
-    assert 0.93 * entropy < scores["DNAZEN tiny"]["loss"] < 1.1 * entropy
+    found = scores["DNAZEN tiny"]["loss"]
+    assert 0.93 * entropy < found < 1.1 * entropy, (found, entropy)
     assert held_out["advantage"]["low"] > 0

@@ -55,8 +55,7 @@ def assert_same_run(expected: Path, found: Path) -> None:
 def test_killed_and_resumed_equals_straight_bit_for_bit(prepared, straight_run, tmp_path, layout):
     """8 steps straight, against a kill -9 after the checkpoint of step 4. Drop-out is on: its generator counts."""
     arguments = {**straight_arguments(prepared, layout), "output_dir": tmp_path}
-    launcher = "deepspeed" if layout == "zero2-2" else None
-    run_until(tmp_path / "checkpoint-4" / "checkpoint.json", tmp_path / "output.txt", **arguments, launcher=launcher)
+    run_until(tmp_path / "checkpoint-4" / "checkpoint.json", tmp_path / "output.txt", **arguments)
     assert not (tmp_path / "final").exists()
     assert "resuming from checkpoint-4" in run(**arguments).stdout
     assert_same_run(straight_run(layout) / "checkpoint-8", tmp_path / "checkpoint-8")
