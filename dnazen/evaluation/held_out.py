@@ -1,5 +1,6 @@
 """How well a masked-language model predicts hidden tokens of a text, beside counting in its training text."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +26,15 @@ OVERLAP_BASES = 31  # a stretch of so many that two texts share is no chance
 _STRETCH_BASES = 2040  # of a genome, as long as the longest piece of a corpus
 
 
-def choose_sequences(split: TokenSplit, candidates: np.ndarray | None = None) -> tuple[np.ndarray, int]:
-    """Evenly spaced sequences with some `WANTED_TARGETS` hidden tokens, and how often they are masked anew.
+class Sample(NamedTuple):
+    """Sequences of a split (their numbers), and how often each is masked anew."""
+
+    sequences: np.ndarray
+    num_maskings: int
+
+
+def choose_sequences(split: TokenSplit, candidates: np.ndarray | None = None) -> Sample:
+    """Evenly spaced sequences with some `WANTED_TARGETS` hidden tokens in all their maskings.
 
     Args:
         split: where they are from.
@@ -36,15 +44,17 @@ def choose_sequences(split: TokenSplit, candidates: np.ndarray | None = None) ->
     expected = HELD_OUT_MASKING.mlm_probability * split.lengths[candidates].sum()
     count = min(len(candidates), max(1, round(len(candidates) * WANTED_TARGETS / max(expected, 1))))
     chosen = candidates[np.unique(np.linspace(0, len(candidates) - 1, count).astype(np.int64))]
-    return chosen, int(np.clip(WANTED_TARGETS // max(expected, 1), 1, MAX_MASKINGS))
+    return Sample(chosen, int(np.clip(WANTED_TARGETS // max(expected, 1), 1, MAX_MASKINGS)))
 
 
-def evaluation_batches(
-    split: TokenSplit, sequences: np.ndarray, max_batch_tokens: int, num_maskings: int
-) -> list[MicroBatch]:
-    """The micro-batches of these sequences, masking by masking (an epoch each)."""
-    runs = pack_by_budget(split.lengths, sequences, max_batch_tokens)
-    return [MicroBatch(masking, run) for masking in range(num_maskings) for run in runs]
+def evaluation_batches(split: TokenSplit, samples: list[Sample], max_batch_tokens: int) -> list[MicroBatch]:
+    """The micro-batches of these samples, masking by masking (an epoch each); what two have in common is in one."""
+    micro_batches = []
+    for masking in range(max(sample.num_maskings for sample in samples)):
+        needed = [sample.sequences for sample in samples if masking < sample.num_maskings]
+        runs = pack_by_budget(split.lengths, np.unique(np.concatenate(needed)), max_batch_tokens)
+        micro_batches += [MicroBatch(masking, run) for run in runs]
+    return micro_batches
 
 
 def score_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,11 +64,11 @@ def score_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def score_model(model: DNAZenForMaskedLM, dataset: PackedDataset, micro_batches: list[MicroBatch]) -> Scores:
-    """A model's scores of the masked tokens of `micro_batches`, in their order."""
+def score_model(model: DNAZenForMaskedLM, batches: Iterable[dict[str, Any]]) -> Scores:
+    """A model's scores of the masked tokens of packed batches, in their order."""
     parts = []
-    for micro_batch in micro_batches:
-        batch = move_batch(dataset[micro_batch][0], model.device)
+    for batch in batches:
+        batch = move_batch(batch, model.device)
         targets = batch["labels"].index_select(0, batch["masked_positions"])
         parts.append(score_logits(model(**batch).logits, targets))
     loss, correct = (torch.cat(column).cpu().numpy() for column in zip(*parts))
@@ -115,28 +125,38 @@ def evaluate_split(
     pieces = np.concatenate(split.pieces)
     # both strands of a piece, and its halves, are no independent evidence
     _, stretch = np.unique([pieces["record"], pieces["start"] // _STRETCH_BASES], axis=1, return_inverse=True)
-    baselines = Baselines(train, tokenizer, vocabulary, HELD_OUT_MASKING)
-
-    def compare_on(candidates: np.ndarray) -> Comparison | None:
-        sequences, num_maskings = choose_sequences(split, candidates)
-        micro_batches = evaluation_batches(split, sequences, max(8192, int(split.lengths.max()) + 2), num_maskings)
-        batches = ((dataset[micro_batch][0], micro_batch.sequences) for micro_batch in micro_batches)
-        targets = collect_targets(batches, spelling, special_ids)
-        if not len(targets.truth):
-            return None
-        targets = targets._replace(sequence=stretch[targets.sequence])
-        scores = score_model(model, dataset, micro_batches)
-        without_ngrams = score_model(model, blind, micro_batches) if use_ngrams else None
-        return compare(name, scores, baselines.score(targets), targets, without_ngrams)
-
     looked_at, shared, total = _count_shared(train, split, spelling, special_ids)
     apart = looked_at[shared == 0]
-    comparison = compare_on(np.arange(len(split)))
-    if comparison is None:
+    samples = [choose_sequences(split)]
+    if FEWEST_SEQUENCES <= len(apart) < len(looked_at):
+        samples.append(choose_sequences(split, apart))
+
+    micro_batches = evaluation_batches(split, samples, max(8192, int(split.lengths.max()) + 2))
+    batches = [dataset[micro_batch][0] for micro_batch in micro_batches]
+    sequences = (micro_batch.sequences for micro_batch in micro_batches)
+    targets = collect_targets(zip(batches, sequences), spelling, special_ids)
+    masking = np.repeat([batch.epoch for batch in micro_batches], [len(batch["masked_positions"]) for batch in batches])
+    rows_of = [
+        np.flatnonzero(np.isin(targets.sequence, sample.sequences) & (masking < sample.num_maskings))
+        for sample in samples
+    ]
+    if not len(rows_of[0]):
         raise InputError(f"too little held out to evaluate on: of {split.num_tokens:,} tokens none would be hidden")
+    scores = score_model(model, batches)
+    without_ngrams = (
+        score_model(model, (blind[micro_batch][0] for micro_batch in micro_batches)) if use_ngrams else None
+    )
+    counted = Baselines(train, tokenizer, vocabulary, HELD_OUT_MASKING).score(targets)
+
+    def compare_on(rows: np.ndarray) -> Comparison:
+        chosen = targets.take(rows)
+        chosen = chosen._replace(sequence=stretch[chosen.sequence])
+        baselines = {baseline: of_it.take(rows) for baseline, of_it in counted.items()}
+        return compare(name, scores.take(rows), baselines, chosen, without_ngrams and without_ngrams.take(rows))
+
     return Evaluation(
-        comparison,
-        compare_on(apart) if FEWEST_SEQUENCES <= len(apart) < len(looked_at) else None,
+        compare_on(rows_of[0]),
+        compare_on(rows_of[1]) if len(rows_of) > 1 and len(rows_of[1]) else None,
         float(shared.sum() / max(total.sum(), 1)),
     )
 
@@ -166,12 +186,11 @@ def _count_shared(
         number = np.cumsum(bases == UNKNOWN)[: len(forward)]
         return np.minimum(forward, backward)[whole], number[whole]
 
-    known = np.unique(stretches(train)[0])
+    known = np.append(np.sort(stretches(train)[0]), -1)  # behind all others stands what no stretch is
     codes, number = stretches(split)
     looked_at = sample_sequences(split)
-    shared, total = (
-        np.bincount(chosen, minlength=len(looked_at)) for chosen in (number[np.isin(codes, known)], number)
-    )
+    is_known = known[np.searchsorted(known[:-1], codes)] == codes
+    shared, total = (np.bincount(chosen, minlength=len(looked_at)) for chosen in (number[is_known], number))
     return looked_at, shared, total
 
 

@@ -22,6 +22,10 @@ class Scores(NamedTuple):
     loss: np.ndarray
     correct: np.ndarray
 
+    def take(self, indices: np.ndarray) -> "Scores":
+        """Those of some of the tokens."""
+        return Scores(self.loss[indices], self.correct[indices])
+
 
 class Spelling:
     """The bases of a tokenizer's tokens.

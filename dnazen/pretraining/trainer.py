@@ -167,8 +167,8 @@ class PretrainingTrainer(Trainer):
         self.add_callback(DropoutOfItsOwn())
         self.meter = Meter(args.device, args.world_size, resumed["totals"], resumed["train_seconds"])
         self.model.ngram_json = vocabulary.to_dict(self.processing_class)  # saved beside the weights
-        sequences, _ = choose_sequences(eval_dataset.split)
-        self.eval_micro_batches = evaluation_batches(eval_dataset.split, sequences, max_batch_tokens, num_maskings=1)
+        sample = choose_sequences(eval_dataset.split)._replace(num_maskings=1)
+        self.eval_micro_batches = evaluation_batches(eval_dataset.split, [sample], max_batch_tokens)
         self._token_bases = torch.from_numpy(Spelling(self.processing_class).lengths).to(args.device)
         self._staging: Path | None = None
         if args.torch_compile:

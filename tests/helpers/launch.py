@@ -40,7 +40,7 @@ def command(launcher: str, processes: int, port: int, words: Sequence[object]) -
 
 
 def rank_environments(processes: int, port: int, own: Mapping[str, str] | None = None) -> list[dict[str, str]]:
-    """What each of so many processes finds in its environment when a launcher starts it in its `own` (`environment`)."""
+    """What each of so many processes finds in its environment, when a launcher starts it in its `own`."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     ranks = map(str, range(processes))
     return [{**(own or environment()), **meeting, "RANK": rank, "LOCAL_RANK": rank} for rank in ranks]

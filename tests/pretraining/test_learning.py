@@ -47,8 +47,8 @@ def train(folder, text, num_steps):
     corpus = Corpus.open(folder / "corpus")
     build_ngrams(corpus, folder / "ngrams", min_pmi=0.3)
     run(
-        zero=2, corpus=folder / "corpus", ngrams=folder / "ngrams", model="tiny",
-        output_dir=folder / "model", max_steps=num_steps, mlm_probability=0.2, max_batch_tokens=1024, eval_steps=num_steps,
+        zero=2, corpus=folder / "corpus", ngrams=folder / "ngrams", model="tiny", output_dir=folder / "model",
+        max_steps=num_steps, mlm_probability=0.2, max_batch_tokens=1024, eval_steps=num_steps,
     )  # fmt: skip
     report = json.loads((folder / "model" / "report.json").read_text())
     assert json.loads((folder / "model" / "run.json").read_text())["agreement"]["precision"] == "bf16"
@@ -57,10 +57,10 @@ def train(folder, text, num_steps):
 
 def held_out_sequences(corpus, vocabulary):
     """The bases 0 to 3 of each evaluated sequence, and which of them are hidden, masking by masking."""
-    sequences, num_maskings = choose_sequences(corpus.validation)
+    sample = choose_sequences(corpus.validation)
     dataset = PackedDataset(corpus.validation, PackedCollator(corpus.tokenizer, vocabulary, HELD_OUT_MASKING))
     ids = {corpus.tokenizer.convert_tokens_to_ids(base): number for number, base in enumerate("ACGT")}
-    for micro_batch in evaluation_batches(corpus.validation, sequences, 8192, num_maskings):
+    for micro_batch in evaluation_batches(corpus.validation, [sample], 8192):
         batch = dataset[micro_batch][0]
         for start, end in zip(batch["cu_seqlens"].tolist(), batch["cu_seqlens"][1:].tolist()):
             labels = batch["labels"][start + 1 : end - 1]
