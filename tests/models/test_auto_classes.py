@@ -31,8 +31,9 @@ ORDERS = [
 ]
 # each program in a fork of its own, of a process that has imported what takes longest and has no say in the order
 FORKS = """
-import os, sys, traceback
-import torch
+import importlib, os, sys, traceback
+for module in sys.stdin.read().split():
+    importlib.import_module(module)
 assert not {"transformers", "dnazen"} & sys.modules.keys()
 for program in sys.argv[1:]:
     if not (child := os.fork()):
