@@ -97,7 +97,7 @@ def test_no_step_waits_for_the_device(config, make_batch, device, monkeypatch):
         stand_in = lambda query, key, value, score_mod, block_mask: query + key + value  # noqa: E731
         monkeypatch.setattr("dnazen.layers.attention.flex.flex_attention", stand_in)
         monkeypatch.setattr(model.bert, "select_attention", lambda *_: Selection("flex_attention", {}))
-    batch = make_batch([20, 30, 14], [3, 0, 4])
+    batch = make_batch([6, 7, 4], [3, 0, 4])
     batch["masked_positions"] = (batch["labels"] != -100).nonzero().squeeze(1)
     batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
     num_items = torch.tensor(40, device=device)
@@ -202,7 +202,7 @@ def test_fine_tuning_compiles_all_versions_in_its_first_rounds(compiled_flex, co
     models[0].compile_layers(backend=layers)
     assert select._disagreement("flex_attention", torch.device("cpu"), torch.float32, 3, 8, training=True) is None
     versions = []
-    for seed in range(4):
+    for seed in range(3):
         for counts in ([0, 0, 0], [0, 1, 0], [3, 0, 4], [60, 1, 90], [30, 50, 40], [2, 0, 0]):
             for is_training, lengths in ((True, [20, 200 + seed, 14]), (False, [90, 31, 12 + seed])):
                 batch = make_batch(lengths, counts, seed=seed, mask_rate=None)
@@ -215,7 +215,7 @@ def test_fine_tuning_compiles_all_versions_in_its_first_rounds(compiled_flex, co
                 torch.testing.assert_close(*logits, rtol=1e-5, atol=2e-5)
         versions.append((compiled_flex.frame_count, layers.frame_count))
     gradients = ({name: p.grad for name, p in model.named_parameters()} for model in models)
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)  # sums over 24 batches
-    assert versions[2:] == versions[1:2] * 2  # the first round need not have met a batch with a single edge
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)  # sums over 18 batches
+    assert versions[2] == versions[1]  # the first round need not have met a batch with a single edge
     # more than torch allows by default; those of the layers are of two functions
     assert 8 < versions[-1][0] < RECOMPILE_LIMIT and 16 < versions[-1][1] < RECOMPILE_LIMIT, versions
