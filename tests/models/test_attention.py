@@ -129,7 +129,7 @@ def test_flex_equals_eager_forward(lengths, with_alibi):
     ],
 )  # fmt: skip
 def test_published_sizes_up_to_4096_tokens(name, heads, head_dim, length):
-    """Against the formula at some rows. FlexAttention on a CPU computes all scores of a head: of 4096 tokens for one."""
+    """Against the formula at some rows. FlexAttention on a CPU computes all scores of a head: of 4096 tokens, for 1."""
     cu_seqlens, longest, total, (*states, _) = _inputs([1, length], heads, head_dim)
     sample = torch.tensor([0, 1, 2, 700, length])
     context = packed_attention(name, cu_seqlens, longest, total, alibi_slopes(heads))(*states)[0][sample]

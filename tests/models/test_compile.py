@@ -24,8 +24,8 @@ BATCHES = [
     ([63], [2]),
     ([8] * 7, [0, 0, 3, 0, 0, 0, 9]),
 ]
-# The same with a quarter of the tokens, for kernels may be interpreted, row by row. Not 1 masked token in the first, for
-# a size of 1 is compiled for itself.
+# The same with a quarter of the tokens, for kernels may be interpreted, row by row. In the first 2 are masked, for a
+# size of 1 is compiled for itself.
 SMALL_BATCHES = [
     ([6, 7, 4], [3, 2, 4]),
     ([4, 9, 4], [1, 0, 5]),
