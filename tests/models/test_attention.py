@@ -122,11 +122,14 @@ def test_flex_equals_eager_forward(lengths, with_alibi):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "length"), [(12, 64, 4096), (16, 64, 1000), (12, 128, 1000)], ids="base large xlarge".split()
-)
-@pytest.mark.parametrize("name", ["sdpa", "flex_attention"])
+    ("name", "heads", "head_dim", "length"),
+    [
+        ("sdpa", 12, 64, 4096), ("sdpa", 16, 64, 1000), ("sdpa", 12, 128, 1000), ("flex_attention", 12, 64, 1000),
+        ("flex_attention", 16, 64, 1000), ("flex_attention", 12, 128, 1000), ("flex_attention", 1, 64, 4096),
+    ],
+)  # fmt: skip
 def test_published_sizes_up_to_4096_tokens(name, heads, head_dim, length):
-    """Against the formula at some rows."""
+    """Against the formula at some rows. FlexAttention on a CPU computes all scores of a head: of 4096 tokens, for 1."""
     cu_seqlens, longest, total, (*states, _) = _inputs([1, length], heads, head_dim)
     sample = torch.tensor([0, 1, 2, 700, length])
     context = packed_attention(name, cu_seqlens, longest, total, alibi_slopes(heads))(*states)[0][sample]
@@ -241,9 +244,15 @@ def test_on_a_cpu_sdpa_is_chosen_and_each_better_one_has_its_reason():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 64), (12, 128), (3, 8)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"),
+    [
+        (12, 64, torch.bfloat16), (16, 64, torch.float32), (12, 128, torch.float32), (3, 8, torch.float32),
+        (3, 8, torch.bfloat16),
+    ],
+)  # fmt: skip
 def test_those_that_run_on_a_cpu_pass_the_check(heads, head_dim, dtype):
+    """Each published size in one type; the small one, which takes no time, in both."""
     for name, training in (("eager", True), ("sdpa", True), ("flex_attention", False)):
         assert select_attention(name, CPU, dtype, heads, head_dim, training) == (name, {})
 
@@ -329,12 +338,12 @@ def _does_not_launch(*args):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_does_not_agree_with_eager_is_not_taken(broken, reason, dtype, monkeypatch, fresh_selection):
     monkeypatch.setitem(BACKENDS, "sdpa", broken)
-    name, reasons = select_attention(None, CPU, dtype, 12, 64)
+    name, reasons = select_attention(None, CPU, dtype, 3, 8)
     assert name == "eager"
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(reasons["sdpa"])
     with pytest.raises(ValueError, match=f"sdpa cannot run here: .*{reason}"):
-        select_attention("sdpa", CPU, dtype, 12, 64)
+        select_attention("sdpa", CPU, dtype, 3, 8)
 
 
 # Which kernel FlashAttention-4 compiles for a number of sequences and the longest one, beside what is fixed in a run:
@@ -409,7 +418,7 @@ def test_the_check_leaves_random_numbers_alone(fresh_selection):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    select_attention("sdpa", CPU, torch.float32, 12, 64)
+    select_attention("sdpa", CPU, torch.float32, 3, 8)
     assert torch.equal(torch.rand(1), expected)
 
 

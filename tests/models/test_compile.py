@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dnazen.layers import linear
 from dnazen.layers.attention import Selection, alibi_slopes, flex, packed_attention, select
 from dnazen.layers.compilation import RECOMPILE_LIMIT, compile_dynamic
-from dnazen.models import DNAZenForMaskedLM, DNAZenForSequenceClassification
+from dnazen.models import DNAZenConfig, DNAZenForMaskedLM, DNAZenForSequenceClassification
 from tests.helpers.synchronisations import ForbidSynchronisation
 
 # One token budget; other lengths, numbers of sequences, G-grams and edges in every batch.
@@ -24,6 +24,16 @@ BATCHES = [
     ([63], [2]),
     ([8] * 7, [0, 0, 3, 0, 0, 0, 9]),
 ]
+# The same with a quarter of the tokens, for kernels may be interpreted, row by row. In the first 2 are masked, for a
+# size of 1 is compiled for itself.
+SMALL_BATCHES = [
+    ([6, 7, 4], [3, 2, 4]),
+    ([4, 9, 4], [1, 0, 5]),
+    ([9, 8], [5, 6]),
+    ([5, 3, 3, 6], [1, 1, 1, 1]),
+    ([16], [2]),
+    ([3] * 5, [0, 0, 3, 0, 9]),
+]
 
 
 @pytest.fixture
@@ -33,26 +43,24 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-@pytest.mark.parametrize(
-    ("impl", "is_checkpointing"),
-    [("auto", False), ("auto", True), pytest.param("triton", False, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("impl", "is_checkpointing"), [("auto", False), ("auto", True), ("triton", False)])
 def test_compiled_layers_equal_eager_ones_and_compile_once(
     impl, is_checkpointing, config, make_batch, fresh_dynamo, monkeypatch
 ):
     """`fullgraph` makes any graph break an error. Attention is sdpa's; on a GPU it is as little part of the graphs.
-    Drop-out is on, and draws the same in both.
+    Drop-out is on, and draws the same in both; where kernels are interpreted, the eager one runs plain PyTorch.
     """
     config.hidden_dropout_prob = 0.1
     monkeypatch.setattr(linear, "MIN_ELEMENTS", 0)  # what a GPU's batches would do
-    if impl == "triton":
-        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device")
-        config.impl = "triton"
+    if impl == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device")
     device = "cuda" if torch.cuda.is_available() and impl == "triton" else "cpu"
-    plain = DNAZenForMaskedLM(config).to(device)
-    compiled = DNAZenForMaskedLM(config).to(device)
+    plain, compiled = (
+        DNAZenForMaskedLM(DNAZenConfig.from_dict({**config.to_dict(), "impl": name})).to(device)
+        for name in ("auto", impl)
+    )
     compiled.load_state_dict(plain.state_dict())
     counter = CompileCounterWithBackend("aot_eager")
     compiled.compile_layers(backend=counter)
@@ -60,8 +68,8 @@ def test_compiled_layers_equal_eager_ones_and_compile_once(
     if is_checkpointing:
         compiled.gradient_checkpointing_enable({"use_reentrant": False})
     compiled.train()
-    counts = []
-    for seed, (lengths, ngram_counts) in enumerate(BATCHES):
+    batches, counts = SMALL_BATCHES if impl == "triton" else BATCHES, []
+    for seed, (lengths, ngram_counts) in enumerate(batches):
         batch = make_batch(lengths, ngram_counts, seed=seed)
         batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
         results = []
@@ -74,7 +82,7 @@ def test_compiled_layers_equal_eager_ones_and_compile_once(
         torch.testing.assert_close(*results, rtol=1e-5, atol=2e-5)
         counts.append(counter.frame_count)
     assert counts[0] > 0, "nothing was compiled"
-    assert counts == [counts[0]] * len(BATCHES)
+    assert counts == [counts[0]] * len(batches)
 
 
 @pytest.mark.slow
@@ -89,7 +97,7 @@ def test_no_step_waits_for_the_device(config, make_batch, device, monkeypatch):
         stand_in = lambda query, key, value, score_mod, block_mask: query + key + value  # noqa: E731
         monkeypatch.setattr("dnazen.layers.attention.flex.flex_attention", stand_in)
         monkeypatch.setattr(model.bert, "select_attention", lambda *_: Selection("flex_attention", {}))
-    batch = make_batch([20, 30, 14], [3, 0, 4])
+    batch = make_batch([6, 7, 4], [3, 0, 4])
     batch["masked_positions"] = (batch["labels"] != -100).nonzero().squeeze(1)
     batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
     num_items = torch.tensor(40, device=device)
@@ -194,7 +202,7 @@ def test_fine_tuning_compiles_all_versions_in_its_first_rounds(compiled_flex, co
     models[0].compile_layers(backend=layers)
     assert select._disagreement("flex_attention", torch.device("cpu"), torch.float32, 3, 8, training=True) is None
     versions = []
-    for seed in range(4):
+    for seed in range(3):
         for counts in ([0, 0, 0], [0, 1, 0], [3, 0, 4], [60, 1, 90], [30, 50, 40], [2, 0, 0]):
             for is_training, lengths in ((True, [20, 200 + seed, 14]), (False, [90, 31, 12 + seed])):
                 batch = make_batch(lengths, counts, seed=seed, mask_rate=None)
@@ -207,7 +215,7 @@ def test_fine_tuning_compiles_all_versions_in_its_first_rounds(compiled_flex, co
                 torch.testing.assert_close(*logits, rtol=1e-5, atol=2e-5)
         versions.append((compiled_flex.frame_count, layers.frame_count))
     gradients = ({name: p.grad for name, p in model.named_parameters()} for model in models)
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)  # sums over 24 batches
-    assert versions[2:] == versions[1:2] * 2  # the first round need not have met a batch with a single edge
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)  # sums over 18 batches
+    assert versions[2] == versions[1]  # the first round need not have met a batch with a single edge
     # more than torch allows by default; those of the layers are of two functions
     assert 8 < versions[-1][0] < RECOMPILE_LIMIT and 16 < versions[-1][1] < RECOMPILE_LIMIT, versions

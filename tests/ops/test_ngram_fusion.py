@@ -299,7 +299,7 @@ def test_same_bits_on_every_run(device):
         return *fused, *run(lambda h, g: ngram_fusion(h, g, edges, impl="triton"), (inputs[0], inputs[4]), grad)
 
     first = run_both()
-    for _ in range(50):
+    for _ in range(50 if device.type == "cuda" else 1):  # interpreted, programs run one after the other
         assert all(map(torch.equal, first, run_both()))
 
 

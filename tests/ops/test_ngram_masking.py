@@ -126,25 +126,26 @@ RISING = [tuple(range(first, first + n)) for n in range(2, 6) for first in range
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capacity", [None, (200, 900)], ids=["exact", "padded"])
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize("is_padded", [False, True], ids=["exact", "padded"])
 @pytest.mark.parametrize(
-    "sequences, vocabulary, p, survivors",
+    "number, sequences, vocabulary, p, survivors",
     [
-        ([], RISING, 0.15, 0),
-        ([[], [], []], RISING, 1.0, 0),
-        ([[5, 6, 9]] * 3, [(8, 9)], 0.15, 0),
-        ([list(range(5, 12)), [], [5, 6]] * 5, RISING, 0.0, 95),
-        ([list(range(5, 12)), [], [5, 6]] * 5, RISING, 1.0, 0),
-        ([list(range(5, 12)), [], [5, 6]] * 20, RISING[:4], 0.15, None),
-        ([[5] * 150], [(5, 5)], 0.002, None),
-        ([[5] * 150], [(5, 5)], 0.0, 1),
-        ([list(range(5, 12))], RISING, 0.0, 18),
+        (0, [], RISING, 0.15, 0),
+        (1, [[], [], []], RISING, 1.0, 0),
+        (2, [[5, 6, 9]] * 3, [(8, 9)], 0.15, 0),
+        (3, [list(range(5, 12)), [], [5, 6]] * 5, RISING, 0.0, 95),
+        (4, [list(range(5, 12)), [], [5, 6]] * 5, RISING, 1.0, 0),
+        (5, [list(range(5, 12)), [], [5, 6]] * 20, RISING[:4], 0.15, None),
+        (6, [[5] * 150], [(5, 5)], 0.002, None),
+        (7, [[5] * 150], [(5, 5)], 0.0, 1),
+        (8, [list(range(5, 12))], RISING, 0.0, 18),
     ],
     ids=["none", "empty", "no_edges", "nothing", "everything", "some", "over_all", "over_all_kept", "many_over_one"],
 )
-def test_cases(device, poisoned_memory, small_blocks, sequences, vocabulary, p, survivors, index_dtype, capacity):
-    inputs = make_inputs(sequences, vocabulary, 3, p, capacity)
+def test_cases(device, poisoned_memory, small_blocks, number, sequences, vocabulary, p, survivors, is_padded):
+    """Each with either type of indices and with padding of more than a block or none; the two meet in turn."""
+    index_dtype = torch.int64 if (number + is_padded) % 2 else torch.int32
+    inputs = make_inputs(sequences, vocabulary, 3, p, (120, 340) if is_padded else None)
     inputs["ngram_cu_seqlens"] = inputs["ngram_cu_seqlens"].to(index_dtype)
     inputs["edges"] = NgramEdges(*(tensor.to(index_dtype) for tensor in inputs["edges"]))
     found = check(inputs, device)
@@ -244,7 +245,7 @@ def test_same_integers_on_every_run(device):
     inputs = make_large_case(device)
     first = as_lists(ngram_masking(**inputs, impl="triton"))
     assert 0 < first["counts"][0] < inputs["ngram_cu_seqlens"][-1]
-    for _ in range(50):
+    for _ in range(50 if device.type == "cuda" else 1):  # interpreted, programs run one after the other
         assert as_lists(ngram_masking(**inputs, impl="triton")) == first
 
 

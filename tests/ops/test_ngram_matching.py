@@ -227,7 +227,7 @@ def test_integer_types(device, dtype):
 def test_same_integers_on_every_run(device):
     batch = make_large_case(device)
     first = as_lists(ngram_matching(*batch, capacity=(300, 3000), impl="triton"))
-    for _ in range(50):
+    for _ in range(50 if device.type == "cuda" else 1):  # interpreted, programs run one after the other
         assert as_lists(ngram_matching(*batch, capacity=(300, 3000), impl="triton")) == first
 
 
