@@ -163,10 +163,14 @@ def test_standard_input(tmp_path, tokenizer_dir, compress, capsys):
     assert source == {**expected, "path": "-"}
     for path in (tmp_path / "file").glob("*.npy"):
         assert path.read_bytes() == (tmp_path / "piped" / path.name).read_bytes()
-    empty = subprocess.run([*command[:-1], tmp_path / "empty"], input=b"", capture_output=True, text=False)
-    assert empty.returncode == 1 and b"error: -: no records" in empty.stderr
-    twice = subprocess.run([*command[:5], "-", *command[5:-1], tmp_path / "twice"], input=b"", capture_output=True)
-    assert twice.returncode == 1 and b"standard input): given twice" in twice.stderr
+
+
+@pytest.mark.slow
+def test_standard_input_that_is_empty_or_given_twice(tmp_path, tokenizer_dir):
+    for files, message in ((["-"], b"error: -: no records"), (["-", "-"], b"standard input): given twice")):
+        line = ["corpus", "--fasta", *files, "--tokenizer", tokenizer_dir, "--output-dir", tmp_path / "out"]
+        result = subprocess.run([sys.executable, "-m", "dnazen.cli.main", *line], input=b"", capture_output=True)
+        assert result.returncode == 1 and message in result.stderr
 
 
 @pytest.mark.slow

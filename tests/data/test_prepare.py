@@ -4,14 +4,16 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from dnazen.files import InputError
 from dnazen.pretraining.prepare import genome_name, prepare_data
+from tests.helpers.launch import environment
+from tests.helpers.warm import WarmProgram
 
 # prepares with a heart that beats fast, and little patience
 PROCESS = """\
@@ -19,12 +21,12 @@ import sys
 from pathlib import Path
 from dnazen.files import InputError
 from dnazen.pretraining import prepare
-prepare.BEAT_SECONDS, prepare.PATIENCE_SECONDS = 0.1, {patience}
+prepare.BEAT_SECONDS, prepare.PATIENCE_SECONDS = 0.1, float(sys.argv[1])
 print("ready", flush=True)
 try:
-    prepare.prepare_data(sys.argv[2:], Path(sys.argv[1]))
+    prepare.prepare_data(sys.argv[3:], Path(sys.argv[2]))
 except InputError as error:
-    sys.exit(f"dnazen: error: {{error}}")
+    sys.exit(f"dnazen: error: {error}")
 """
 
 
@@ -42,10 +44,20 @@ def fasta(tmp_path):
     return str(tmp_path / "genome.fa")
 
 
-def start(rank: int, work_dir, *fasta: str, patience: float = 60) -> subprocess.Popen:
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}
-    line = [sys.executable, "-c", PROCESS.format(patience=patience), str(work_dir), *fasta]
-    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+class Process(WarmProgram):
+    """One of two processes that prepare data."""
+
+    def __init__(self, rank: int, work_dir: Path, *fasta: str, patience: float = 60) -> None:
+        script, self.output = work_dir.parent / "process.py", work_dir.parent / f"output-{rank}.txt"
+        script.write_text(PROCESS)
+        self.output.write_text("")
+        variables = {**environment(), "RANK": str(rank), "WORLD_SIZE": "2"}
+        super().__init__([script, patience, work_dir, *fasta], [variables], self.output)
+
+    def wait_until_ready(self) -> None:
+        while not self.output.read_text().startswith("ready\n"):
+            assert self.poll() is None, self.output.read_text()
+            time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -83,46 +95,49 @@ def test_tokenizer_of_unknown_origin_is_refused(fasta, tmp_path):
 
 @pytest.mark.slow
 def test_other_processes_wait_for_the_first(fasta, tmp_path):
-    waiting = start(1, tmp_path / "work", fasta)
-    time.sleep(1)
-    preparing = start(0, tmp_path / "work", fasta)
+    waiting = Process(1, tmp_path / "work", fasta)
+    waiting.wait_until_ready()
+    time.sleep(0.5)
+    preparing = Process(0, tmp_path / "work", fasta)
     for process in (preparing, waiting):
-        output = process.communicate(timeout=120)
-        assert process.returncode == 0, output
+        assert process.wait(120) == 0, process.output.read_text()
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["corpus", "ngrams", "tokenizer"]
 
 
 @pytest.mark.slow
 def test_failure_reaches_those_who_wait(fasta, tmp_path):
-    waiting = start(1, tmp_path / "work", fasta)
+    waiting = Process(1, tmp_path / "work", fasta)
     (tmp_path / "protein.fa").write_text(">p\nMEEPQSDPSV\n")
-    assert waiting.stdout.readline() == "ready\n"  # the other needs seconds to import, so this one waits by then
-    preparing = start(0, tmp_path / "work", str(tmp_path / "protein.fa"))
-    assert "Is it protein?" in preparing.communicate(timeout=120)[1]
-    error = waiting.communicate(timeout=120)[1].splitlines()[-1]
+    waiting.wait_until_ready()
+    time.sleep(0.5)  # it looks ten times by then
+    preparing = Process(0, tmp_path / "work", str(tmp_path / "protein.fa"))
+    assert preparing.wait(120) == 1 and "Is it protein?" in preparing.output.read_text()
+    assert waiting.wait(120) == 1
+    error = waiting.output.read_text().splitlines()[-1]
     assert error.startswith("dnazen: error: process 0 could not prepare the data") and "Is it protein?" in error
 
     # the message of that try does not stop the next
-    waiting = start(1, tmp_path / "work", fasta)
-    assert waiting.stdout.readline() == "ready\n"
-    assert start(0, tmp_path / "work", fasta).wait(120) == 0
+    waiting = Process(1, tmp_path / "work", fasta)
+    waiting.wait_until_ready()
+    time.sleep(0.5)
+    assert Process(0, tmp_path / "work", fasta).wait(120) == 0
     assert waiting.wait(120) == 0
 
 
 @pytest.mark.slow
 def test_killed_process_is_not_waited_for(tmp_path):
-    (tmp_path / "genome.fa").write_text(genome(1, words=100_000))
-    preparing = start(0, tmp_path / "work", str(tmp_path / "genome.fa"))
-    waiting = start(1, tmp_path / "work", str(tmp_path / "genome.fa"), patience=5)
+    (tmp_path / "genome.fa").write_text(genome(1, words=20_000))
+    preparing = Process(0, tmp_path / "work", str(tmp_path / "genome.fa"))
+    waiting = Process(1, tmp_path / "work", str(tmp_path / "genome.fa"), patience=5)
     while not (tmp_path / "work" / "tokenizer").exists():
-        assert preparing.poll() is None, preparing.communicate()
-        time.sleep(0.01)
-    preparing.send_signal(signal.SIGKILL)
-    preparing.communicate()
-    error = waiting.communicate(timeout=120)[1].splitlines()[-1]
+        assert preparing.poll() is None, preparing.output.read_text()
+        time.sleep(0.005)
+    os.kill(preparing.pids[0], signal.SIGKILL)
+    assert preparing.wait(120) == -signal.SIGKILL
+    assert waiting.wait(120) == 1
+    error = waiting.output.read_text().splitlines()[-1]
     assert f"{tmp_path / 'work' / 'ngrams' / 'manifest.json'}: expected process 0 to make it" in error
     assert "for 5 s; was it killed" in error
-    assert waiting.returncode == 1
 
 
 def test_name_of_several_genomes():

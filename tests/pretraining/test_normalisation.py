@@ -17,7 +17,7 @@ TOLERANCE = {"rtol": 2e-5, "atol": 1e-6}
 LAYOUTS = {
     "torchrun-2": {"processes": 2, "launcher": "torchrun"},
     "zero1-2": {"processes": 2, "zero": 1},
-    "zero2-2": {"processes": 2, "zero": 2, "launcher": "deepspeed"},
+    "zero2-2": {"processes": 2, "zero": 2},
     "zero3-2": {"processes": 2, "zero": 3},
     "zero2-1": {"processes": 1, "zero": 2, "gradient_accumulation_steps": 2},
 }
