@@ -247,7 +247,7 @@ def test_on_a_cpu_sdpa_is_chosen_and_each_better_one_has_its_reason():
 @pytest.mark.parametrize(
     ("heads", "head_dim", "dtype"),
     [
-        (12, 64, torch.bfloat16), (16, 64, torch.float32), (12, 128, torch.float32), (3, 8, torch.float32),
+        (12, 64, torch.float32), (16, 64, torch.float32), (12, 128, torch.bfloat16), (3, 8, torch.float32),
         (3, 8, torch.bfloat16),
     ],
 )  # fmt: skip
