@@ -582,6 +582,7 @@ class Starts:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_the_plan_runs_dry(tmp_path, monkeypatch, capsys):
     """Every step that a CPU can do, small, in a folder with a space; a second call finds nothing to do."""
     tmp_path = tmp_path / "a folder"

@@ -194,6 +194,7 @@ def run_python(text: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_the_main_job_runs_with_no_other_argument(root, folder):
     """What `make pretrain` runs, cut short: the packaged genome, whole, on the tiny model."""
     main_job = "deepspeed dnazen/pretrain.py --deepspeed ds_configs/zero2.json"

@@ -97,6 +97,7 @@ def best_markov_loss(probabilities: np.ndarray, corpus, vocabulary) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_hidden_bases_of_a_markov_text_reach_its_entropy_and_all_parts_learn(tmp_path):
     probabilities = np.random.default_rng(0).dirichlet([0.5] * 4, size=(4, 4)) * 0.96 + 0.01
     corpus, vocabulary, held_out = train(tmp_path, markov_text(probabilities), 500)
@@ -134,6 +135,7 @@ def test_hidden_bases_of_a_markov_text_reach_its_entropy_and_all_parts_learn(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_hidden_bases_of_a_motif_with_gaps_reach_its_entropy(tmp_path):
     """The motif's bases are certain, those of the gaps are not: 2 of 10 bases cost ln 4."""
     _, _, held_out = train(tmp_path, motif_text(), 300)
