@@ -141,7 +141,8 @@ def test_hidden_bases_of_a_motif_with_gaps_reach_its_entropy(tmp_path):
     _, _, held_out = train(tmp_path, motif_text(), 300)
     scores = held_out["scores"]
     entropy = GAP / (len(MOTIF) + GAP) * math.log(4)
-    # the share of hidden bases that lie in gaps is drawn: 12,000 bases, a deviation of 1.8 %; measured 2 % above
+    # the share of hidden bases that lie in gaps is drawn: 12,000 bases, a deviation of 1.8 %; measured 8.6 % above
+    # after 200 steps, 2 % after 500
     found = scores["DNAZEN tiny"]["loss"]
     assert 0.93 * entropy < found < 1.1 * entropy, (found, entropy)
     assert held_out["advantage"]["low"] > 0
