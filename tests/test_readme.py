@@ -102,10 +102,15 @@ def run(line: str, folder: Path, in_full: bool = False) -> str:
         if "--hostfile" in words:  # this machine may have no ssh server
             words[1:1] = ["--no_ssh_check", "--master_addr", "127.0.0.1"]
         program = start(words, output, folder)
+    return finish(program, output, " ".join(words))
+
+
+def finish(program: WarmProgram | subprocess.Popen, output: Path, line: str) -> str:
+    """What a program printed, at its end, which must be a good one."""
     with killed_at_the_end(program):
         status = program.wait(600)
     text = output.read_text()
-    assert status == 0, f"{' '.join(words)}\n{text[-5000:]}"
+    assert status == 0, f"{line}\n{text[-5000:]}"
     return text
 
 
@@ -186,11 +191,7 @@ def run_python(text: str, folder: Path) -> str:
     script, output = folder / "page.py", folder / "output.txt"
     script.write_text(text)
     output.unlink(missing_ok=True)
-    program = WarmProgram([script], [environment()], output, folder)
-    with killed_at_the_end(program):
-        status = program.wait(600)
-    assert status == 0, output.read_text()
-    return output.read_text()
+    return finish(WarmProgram([script], [environment()], output, folder), output, text)
 
 
 @pytest.mark.slow
