@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -52,8 +53,8 @@ def fork_pool(function: Callable[[Any], Any], num_workers: int) -> Iterator[Proc
             try:
                 yield pool
             except BrokenProcessPool:
-                # Python 3.11.2, for one, waits for ever to write to workers that are gone (CPython's issue 94777)
-                pool._call_queue._reader.close()
+                if sys.version_info < (3, 11, 5):  # it would write to workers that are gone, for ever (CPython 94777)
+                    pool._call_queue._reader.close()
                 raise
             finally:
                 pool.shutdown(cancel_futures=True)

@@ -4,6 +4,8 @@ import collections
 import math
 import os
 import signal
+import time
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -217,8 +219,12 @@ def test_extraction_error_in_a_worker_reaches_the_user(num_workers):
         extract_ngrams(shards, vocab_size=16, num_workers=num_workers)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("stage", ["_count_pairs", "_count_runs"])
 def test_killed_worker_is_an_error(monkeypatch, stage):
+    """Also where a connection takes its time to close: two threads that close one would be in each other's way."""
+    close = Connection._close
+    monkeypatch.setattr(Connection, "_close", lambda self: (time.sleep(0.05), close(self)))
     monkeypatch.setattr(count, stage, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(InputError, match="a worker was killed, perhaps for want of memory: use a lower --num-workers"):
         extract_ngrams([make_shard([[5, 6]]), make_shard([[5, 6]])], vocab_size=16, num_workers=2)
