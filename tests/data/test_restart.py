@@ -146,6 +146,7 @@ def test_killed_build_of_filled_pieces_goes_on(inputs, tmp_path, caplog):
     assert read_tree(tmp_path / "other") != tree
 
 
+@pytest.mark.slow
 def test_changed_input_is_not_gone_on_with(inputs, whole, tmp_path):
     output_dir = tmp_path / "corpus"
     command = arguments(inputs, output_dir, "journal")

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from sklearn.metrics import matthews_corrcoef
 
 from dnazen.cli.main import main
 from dnazen.files import InputError
-from dnazen.gue import paper
+from dnazen.gue import paper, schedule
 from dnazen.gue.datasets import choose_datasets
 from dnazen.gue.kmer import run_kmers
 from dnazen.gue.launch import run_gue
@@ -24,6 +26,7 @@ from dnazen.gue.protocol import PROTOCOLS
 from dnazen.gue.report import score_by_density
 from tests.finetuning.conftest import data, model_folder, motif_row, write_splits  # noqa: F401
 from tests.helpers.launch import environment
+from tests.helpers.warm import WarmProgram
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +46,26 @@ def arguments(gue, output_dir, *models, **options):
     return words
 
 
+class WarmJob(WarmProgram):
+    """A job as the launcher starts it, forked; that it dies with the launcher is tested with real ones."""
+
+    def __init__(self, command, stdout, stderr, env, preexec_fn):
+        assert command[0] == sys.executable and stderr == subprocess.STDOUT
+        super().__init__(command[1:], [env], Path(stdout.name))
+
+    @property
+    def returncode(self):
+        return self.poll()
+
+
 @pytest.fixture
-def launch(capfd, caplog, monkeypatch):
+def warm_jobs(monkeypatch):
+    """Jobs of launchers in this process are forked from one that has imported what takes seconds."""
+    monkeypatch.setattr(schedule, "subprocess", types.SimpleNamespace(Popen=WarmJob, STDOUT=subprocess.STDOUT))
+
+
+@pytest.fixture
+def launch(capfd, caplog, monkeypatch, warm_jobs):
     """Run the launcher in this process, its jobs in theirs; what it printed and logged."""
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
@@ -154,7 +175,7 @@ def test_report_and_what_it_is_made_of(gue, model_folder, tmp_path, launch):  # 
 
 
 @pytest.mark.slow
-def test_precision_and_attention_reach_the_jobs(gue, model_folder, tmp_path):  # noqa: F811
+def test_precision_and_attention_reach_the_jobs(gue, model_folder, tmp_path, warm_jobs):  # noqa: F811
     folder, options = tmp_path / "o", {"seeds": 1, "tasks": ["mouse/2"], "max_steps": 1}
     text, is_complete = run_gue(
         gue, [str(model_folder)], folder, precision="bf16", attn_implementation="eager", **options
