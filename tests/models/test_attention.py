@@ -225,9 +225,9 @@ def test_what_flash_attention_4_is_given(monkeypatch):
 @pytest.fixture
 def fresh_selection():
     """Checks are remembered; a test that changes what they see must neither find nor leave any."""
-    select._obstacle.cache_clear()
+    select._OBSTACLES.clear()
     yield
-    select._obstacle.cache_clear()
+    select._OBSTACLES.clear()
 
 
 @pytest.mark.slow
@@ -411,6 +411,22 @@ def test_the_check_runs_what_a_batch_of_pretraining_runs(checked_shapes, config,
         assert run <= checked
     # FlexAttention's: more than one tile of rows; one tile is there too
     assert {total > 128 for _, _, total, _ in checked_shapes} == {False, True}
+
+
+def test_what_has_passed_is_not_checked_again(monkeypatch, fresh_selection):
+    """Neither asked for by name, nor without its backward, nor numbered; but in another type, and for another size."""
+    checked = []
+    monkeypatch.setattr(select, "_disagreement", lambda name, *rest: checked.append((name, *rest)))
+    for requested, training in itertools.product(["auto", "sdpa"], [True, False]):
+        assert select_attention(requested, CPU, torch.float32, 3, 8, training).name == "sdpa"
+    select_attention("auto", torch.device("cpu", 0), torch.float32, 3, 8)
+    assert checked == [("sdpa", CPU, torch.float32, 3, 8, True)]
+    select_attention("sdpa", CPU, torch.bfloat16, 3, 8, training=False)
+    select_attention("auto", CPU, torch.bfloat16, 3, 8)
+    select_attention("auto", CPU, torch.bfloat16, 4, 8)
+    assert [(str(dtype), heads, training) for _, _, dtype, heads, _, training in checked[1:]] == [
+        ("torch.bfloat16", 3, False), ("torch.bfloat16", 3, True), ("torch.bfloat16", 4, True)
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

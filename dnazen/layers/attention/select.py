@@ -1,7 +1,6 @@
 """Which back-end attention runs on: chosen once for a device and type, with the reason why each better one was not."""
 
 import importlib
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -78,7 +77,7 @@ def select_attention(
     if requested in (None, "auto"):
         reasons: dict[str, str] = {}
         for name in BACKENDS:
-            reason = _obstacle(name, device, dtype, num_heads, head_dim, training=True)
+            reason = _obstacle(name, device, dtype, num_heads, head_dim, True)
             if reason is None:
                 return Selection(name, reasons)
             reasons[name] = reason
@@ -91,11 +90,26 @@ def select_attention(
     return Selection(requested, {})
 
 
-@lru_cache  # the check is for once; a choice is made in every forward pass
+# by what `_obstacle` takes, what it returned: a choice is made in every forward pass, and the check takes a second
+_OBSTACLES: dict[tuple, str | None] = {}
+
+
 def _obstacle(
     name: str, device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int, training: bool
 ) -> str | None:
-    """Why it cannot run, or None."""
+    """Why it cannot run, or None; what has passed with its backward is not checked again without."""
+    device = torch.device("cpu") if device.type == "cpu" else device  # accelerate gives it an index
+    key = name, device, dtype, num_heads, head_dim
+    if _OBSTACLES.get((*key, True), "not checked") is None:
+        return None
+    if (*key, training) not in _OBSTACLES:
+        _OBSTACLES[*key, training] = _find_obstacle(*key, training)
+    return _OBSTACLES[*key, training]
+
+
+def _find_obstacle(
+    name: str, device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int, training: bool
+) -> str | None:
     if name == "eager":
         return None
     if name == "flex_attention" and device.type != "cuda" and training:
