@@ -38,8 +38,8 @@ LEVERS: dict[str, dict[str, Any]] = {
     "mask rate from 30 to 15 %": {"mlm_probability": 0.3} | FALLING,
     "Muon, stable, falling": MUON | STABLE | FALLING,
 }
-RATE_FACTORS = (0.5, 1.0, 2.0, 4.0)  # times the recipe's
-EVALUATIONS = 20  # of a run
+RATE_FACTORS = (1.0, 2.0, 4.0)  # times the recipe's
+EVALUATIONS = 12  # of a run
 
 
 def fall_to(target: float, evaluations: Sequence[tuple[int, float]]) -> float | None:
@@ -55,12 +55,13 @@ def fall_to(target: float, evaluations: Sequence[tuple[int, float]]) -> float | 
     return None
 
 
-def prepare(folder: Path, fasta: list[str]) -> tuple[Path, Path]:
+def prepare(folder: Path, fasta: list[str], vocab_size: int | None) -> tuple[Path, Path]:
     """Tokenizer, corpus and G-grams, once."""
     tokenizer, corpus, ngrams = (folder / name for name in ("tokenizer", "corpus", "ngrams"))
     dnazen = BIN / "dnazen"
     if not tokenizer.exists():
-        call(dnazen, "tokenizer", "--fasta", *fasta, "--output-dir", tokenizer)
+        size = [] if vocab_size is None else ["--vocab-size", vocab_size]
+        call(dnazen, "tokenizer", "--fasta", *fasta, "--output-dir", tokenizer, *size)
     if not corpus.exists():
         call(dnazen, "corpus", "--fasta", *fasta, "--tokenizer", tokenizer, "--output-dir", corpus,
              "--validation-fraction", 0.004, "--reverse-complement")  # fmt: skip
@@ -119,11 +120,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fasta", required=True, nargs="+")
     parser.add_argument("--output-dir", required=True, type=Path)
+    parser.add_argument("--vocab-size", type=int, help="default: by the length of the text, as `dnazen tokenizer`'s")
     parser.add_argument("--tokens", type=lambda text: int(float(text)), default=10_000_000, help="of a run")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    data = prepare(args.output_dir, args.fasta)
+    data = prepare(args.output_dir, args.fasta, args.vocab_size)
     rates = [factor * RECIPE.learning_rate for factor in RATE_FACTORS]
     with ThreadPoolExecutor(2) as pool:
         sweep = list(
