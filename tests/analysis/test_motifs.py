@@ -273,6 +273,7 @@ def random_ngrams(
     return list(ngrams)
 
 
+@pytest.mark.slow
 def test_p_values_equal_slow_ones(monkeypatch):
     """Each set spelled and counted one G-gram at a time, some of the same spelling, and in chunks of three."""
     monkeypatch.setattr(motif_scores, "_CHUNK_SPELLINGS", 3)
@@ -417,6 +418,7 @@ def test_command_writes_tables_and_logos(ngrams_dir, tmp_path, capsys):
     assert (tmp_path / "a" / "logos.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_motifs_that_nothing_can_match(ngrams_dir, tmp_path):
     (tmp_path / "motifs.txt").write_text(jaspar("vague", "vague", [[1, 1, 1, 1]] * 4))
     report = build_motifs(ngrams_dir, tmp_path / "motifs.txt", tmp_path / "out", shuffles=3)

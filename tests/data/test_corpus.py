@@ -231,6 +231,7 @@ def test_manifest_and_summary(corpus_dir, genome, tokenizer):
     assert "3 records, 16,087 bases" in text and f"{manifest['totals']['train']['tokens']:,} tokens" in text
 
 
+@pytest.mark.slow
 def test_large_manifest_is_written_bit_by_bit(tmp_path):
     value = {"records": [{"name": f"r{i}", "length": i, "share": i / 7, "held_out": None} for i in range(20_000)]}
     text = json.dumps(value, indent=1) + "\n"

@@ -216,6 +216,7 @@ def test_a_model_without_ngrams_is_refused(dnabert2_folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["in.fa"]
 
 
+@pytest.mark.slow
 def test_tata_promoters(model_folder, shared_data, tmp_path, capsys):
     """Real promoters: what the README shows."""
     source = shared_data / "gue" / "prom" / "prom_core_tata" / "test.csv.gz"
