@@ -110,7 +110,18 @@ def matching_specs() -> Iterator[KernelSpec]:
     yield KernelSpec(triton_impl._look_up_kernel, "", pointers | sizes, triton_impl.CONSTANTS | constants)
 
 
-REGISTRY = (fusion_specs, masking_specs, matching_specs)
+def lookup_specs() -> Iterator[KernelSpec]:
+    from dnazen_kernels.code_lookup import triton_impl
+
+    types = dict(codes_ptr="*fp32", norms_ptr="*fp32", out_ptr="*i64", num_rows="i32")
+    for states, kind in (("*bf16", "bf16"), ("*fp32", "fp32")):
+        for num_codes in (512, 1024):
+            constants = dict(NUM_CODES=num_codes, D=384, **triton_impl.CONSTANTS)
+            variant = f"{kind} K={num_codes} D=384"
+            yield KernelSpec(triton_impl._code_lookup_kernel, variant, types | dict(states_ptr=states), constants)
+
+
+REGISTRY = (fusion_specs, masking_specs, matching_specs, lookup_specs)
 
 
 def compile_kernel(spec: KernelSpec, capability: int) -> CompiledKernel:

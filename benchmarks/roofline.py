@@ -23,6 +23,7 @@ from benchmarks.registry import ROOM, FusionInputs, Sizes
 
 BANDWIDTHS = {"3.3 TB/s": 3.3e12, "4.3 TB/s": 4.3e12}  # measured copies of an H100 and an H200
 MATMUL_FLOPS = {torch.float32: 67e12, torch.bfloat16: 790e12}  # per second: H100's datasheet, without TF32; measured
+TF32_FLOPS = 495e12  # H100's datasheet
 LAUNCH_SECONDS = 5e-6  # the host's time to launch one operation of PyTorch, about
 STEP_TOKENS_PER_SECOND = 600e3  # of the base model, which we aim at
 NUM_TOKENS, SEQUENCE_LENGTH, HIDDEN_SIZE = 262_144, 512, 768
@@ -138,6 +139,28 @@ def integer_rows(batch: Batch) -> list[Row]:
     ]
 
 
+def lookup_rows(num_rows: int = 65_536, size: int = 384) -> list[Row]:
+    """A micro-batch of bases and VQDNA's codebooks, fp32; beside PyTorch's `cdist` and `argmin`.
+
+    `cdist` multiplies, clamps and takes roots in place (ATen's `_euclidean_dist`, of rows with two columns more), so
+    that the distances are written three times and read twice, and once more by `argmin`.
+    """
+    rows, states = [], 4 * num_rows * size
+    for num_codes in (512, 1024):
+        products, scores = 2 * num_rows * num_codes * size, 4 * num_rows * num_codes
+        codes, indices = 4 * num_codes * size, 8 * num_rows
+        ends = f" K={num_codes}"
+        plain = 2 * states + codes + 6 * scores + indices
+        rows += [
+            Row("`code_lookup`" + ends, 1, states + codes + indices, products, 3 * products / TF32_FLOPS),
+            Row("`cdist`, `argmin`" + ends, 1, plain, products, products / MATMUL_FLOPS[torch.float32]),
+        ]
+    # sorted by code, then read row by row
+    sorting = 2 * RADIX_PASSES * 2 * 8 * num_rows
+    rows.append(Row("`code_sums` K=1024", 1, states + sorting + 8 * num_rows + 4 * 1024 * size, num_rows * size))
+    return rows
+
+
 def implementation_rows(batch: Batch, name: str) -> list[Row]:
     """Every implementation of a fusion, forward and backward; on the meta device, where nothing is computed."""
     rows = []
@@ -181,6 +204,8 @@ def print_tables(batch: Batch) -> None:
     rows.append(Row("both", sum(row.launches for row in rows), sum(row.num_bytes for row in rows)))
     share = {f"of a step of {1e3 * step:.0f} ms": lambda row: f"{row.seconds(BANDWIDTHS['3.3 TB/s']) / step:.2%}"}
     print(table(rows, launched | moved | times | share), end="\n\n")
+
+    print(table(lookup_rows(), moved | {"GFLOP": lambda row: f"{row.flops / 1e9:.2f}"} | times), end="\n\n")
 
     for name in ("ngram_fusion", "residual_layer_norm"):
         rows = implementation_rows(batch, name)

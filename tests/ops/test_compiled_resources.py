@@ -69,13 +69,20 @@ def test_backward_loads_the_next_row_while_it_sums_one(compiled):
 
 def test_offsets_are_int64(compiled):
     """Every product (row times row length, and those of random numbers) is of 64 bits, so no tensor is too large."""
-    for name, kernel in of_fusion(compiled).items():
-        products = re.findall(r"arith\.muli .*: (?:tensor<\d+x)?(\w+)", kernel["ttir"])
+    for name, kernel in (of_fusion(compiled) | of_lookup(compiled)).items():
+        products = re.findall(r"arith\.muli .*: (?:tensor<(?:\d+x)+)?([a-z]\w*)", kernel["ttir"])
         assert products and set(products) == {"i64"}, name
 
 
+def of_lookup(compiled) -> dict[str, dict]:
+    kernels = {name: kernel for name, kernel in compiled.items() if name.startswith("_code_lookup")}
+    assert len(kernels) == 4 * 3  # types and numbers of codes, architectures
+    return kernels
+
+
 def test_addresses_of_masking_and_matching_are_int64(compiled):
-    kernels = {name: kernel for name, kernel in compiled.items() if name not in of_fusion(compiled)}
+    others = of_fusion(compiled) | of_lookup(compiled)
+    kernels = {name: kernel for name, kernel in compiled.items() if name not in others}
     assert len(kernels) == 7 * 3
     for name, kernel in kernels.items():
         offsets = re.findall(r"tt\.addptr .*, tensor<\d+x(\w+)>", kernel["ttir"])
@@ -92,3 +99,11 @@ def test_backward_s_programs_are_all_resident(compiled):
         num_warps = triton_impl.backward_constants(hidden_size, torch.float32, has_dropout, True)["num_warps"]
         wanted = triton_impl.WARPS_PER_SM_WITH_DROPOUT if has_dropout else triton_impl.WARPS_PER_SM
         assert kernel["warps"] >= max(wanted // num_warps, 1) * num_warps, name
+
+
+def test_codes_are_looked_up_by_tensor_cores(compiled):
+    """Three products of TF32 for each of fp32, in which 2^-22 of it is left out; none in TF32 alone."""
+    instructions = {80: r"mma\.sync\S*tf32", 90: r"wgmma\S*tf32", 100: r"tcgen05\.mma\S*tf32"}
+    for name, kernel in of_lookup(compiled).items():
+        assert re.search(instructions[kernel["capability"]], kernel["ptx"]), name
+        assert re.findall(r"inputPrecision = (\w+)", kernel["ttir"]) == ["tf32x3"], name
