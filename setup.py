@@ -50,6 +50,7 @@ setup(
             "pytest-xdist>=3.6",
             "pytest-benchmark>=4",
             "hypothesis>=6.100",
+            "vector-quantize-pytorch>=1.22",
             "ruff>=0.12",
             "mypy>=1.15",
         ],

@@ -99,12 +99,12 @@ def _obstacle(
 ) -> str | None:
     """Why it cannot run, or None; what has passed with its backward is not checked again without."""
     device = torch.device("cpu") if device.type == "cpu" else device  # accelerate gives it an index
-    key = name, device, dtype, num_heads, head_dim
-    if _OBSTACLES.get((*key, True), "not checked") is None:
+    with_backward, asked = ((name, device, dtype, num_heads, head_dim, kind) for kind in (True, training))
+    if _OBSTACLES.get(with_backward, "not checked") is None:
         return None
-    if (*key, training) not in _OBSTACLES:
-        _OBSTACLES[*key, training] = _find_obstacle(*key, training)
-    return _OBSTACLES[*key, training]
+    if asked not in _OBSTACLES:
+        _OBSTACLES[asked] = _find_obstacle(*asked)
+    return _OBSTACLES[asked]
 
 
 def _find_obstacle(
