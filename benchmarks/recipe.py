@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +57,11 @@ def fall_to(target: float, evaluations: Sequence[tuple[int, float]]) -> float | 
 
 
 def prepare(folder: Path, fasta: list[str], vocab_size: int | None) -> tuple[Path, Path]:
-    """Tokenizer, corpus and G-grams, once."""
+    """Tokenizer, corpus and G-grams, once; a folder of other data is refused."""
+    wanted, record = {"fasta": fasta, "vocab_size": vocab_size}, folder / "data.json"
+    if record.exists() and json.loads(record.read_text()) != wanted:
+        raise SystemExit(f"{record}: expected {wanted}, found {record.read_text()}")
+    record.write_text(json.dumps(wanted))
     tokenizer, corpus, ngrams = (folder / name for name in ("tokenizer", "corpus", "ngrams"))
     dnazen = BIN / "dnazen"
     if not tokenizer.exists():
@@ -73,8 +78,8 @@ def prepare(folder: Path, fasta: list[str], vocab_size: int | None) -> tuple[Pat
 def run(out: Path, data: tuple[Path, Path], lever: str, rate: float, tokens: int, seed: int) -> dict[str, Any]:
     """One run, or what it left if it was done before."""
     steps = max(1, tokens // RECIPE.max_batch_tokens)
-    number = [PRESENT, *LEVERS].index(lever)
-    folder = out / f"run-{number}-{rate:g}-{steps}-{seed}"
+    name = re.sub(r"\W+", "-", lever)
+    folder = out / f"{name}-{rate:g}-{steps}-{seed}"
     if not (folder / "report.json").exists():
         flags = {**RECIPE._asdict(), **LEVERS.get(lever, {}), "learning_rate": rate, "max_steps": steps, "seed": seed}
         launcher = [BIN / "deepspeed", "--num_gpus", 1, "--master_port", free_port()]

@@ -112,6 +112,7 @@ def matching_specs() -> Iterator[KernelSpec]:
 
 def lookup_specs() -> Iterator[KernelSpec]:
     from dnazen_kernels.code_lookup import triton_impl
+    from dnazen_kernels.ngram_fusion import triton_impl as fusion
 
     types = dict(codes_ptr="*fp32", norms_ptr="*fp32", out_ptr="*i64", num_rows="i32")
     for states, kind in (("*bf16", "bf16"), ("*fp32", "fp32")):
@@ -119,6 +120,11 @@ def lookup_specs() -> Iterator[KernelSpec]:
             constants = dict(NUM_CODES=num_codes, D=384, **triton_impl.CONSTANTS)
             variant = f"{kind} K={num_codes} D=384"
             yield KernelSpec(triton_impl._code_lookup_kernel, variant, types | dict(states_ptr=states), constants)
+    # the sums by code
+    types = dict(hidden_ptr=None, values_ptr="*fp32", offsets_ptr="*i64", indices_ptr="*i64", out_ptr="*fp32")
+    yield KernelSpec(
+        fusion._ngram_fusion_kernel, "of codes, fp32 H=384", types, fusion.row_constants(384, torch.float32)
+    )
 
 
 REGISTRY = (fusion_specs, masking_specs, matching_specs, lookup_specs)

@@ -142,15 +142,15 @@ def integer_rows(batch: Batch) -> list[Row]:
 def lookup_rows(num_rows: int = 65_536, size: int = 384) -> list[Row]:
     """A micro-batch of bases and VQDNA's codebooks, fp32; beside PyTorch's `cdist` and `argmin`.
 
-    `cdist` multiplies, clamps and takes roots in place (ATen's `_euclidean_dist`, of rows with two columns more), so
-    that the distances are written three times and read twice, and once more by `argmin`.
+    `cdist` (ATen's `_euclidean_dist`) squares, sums, doubles and joins the rows, eight passes with their product, and
+    clamps and takes roots of that in place: distances are written three times and read twice, and again by `argmin`.
     """
     rows, states = [], 4 * num_rows * size
     for num_codes in (512, 1024):
         products, scores = 2 * num_rows * num_codes * size, 4 * num_rows * num_codes
         codes, indices = 4 * num_codes * size, 8 * num_rows
         ends = f" K={num_codes}"
-        plain = 2 * states + codes + 6 * scores + indices
+        plain = 8 * states + codes + 6 * scores + indices
         rows += [
             Row("`code_lookup`" + ends, 1, states + codes + indices, products, 3 * products / TF32_FLOPS),
             Row("`cdist`, `argmin`" + ends, 1, plain, products, products / MATMUL_FLOPS[torch.float32]),

@@ -44,4 +44,4 @@ def check_tensor(
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like the tokens, got {tensor.device}")
+        raise ValueError(f"{name} must be on {device} like the others, got {tensor.device}")

@@ -33,7 +33,7 @@ class Neighbors:
 
     def at(self, states: Tensor, distance: int) -> Tensor:
         """`states [T, D]` of the rows so far to the right, zero where the sequence has none."""
-        return states.roll(-distance, 0) * self._is_inside[distance] if distance else states
+        return torch.where(self._is_inside[distance], states.roll(-distance, 0), 0) if distance else states
 
 
 class Convolution(nn.Module):

@@ -42,25 +42,30 @@ class Codebook(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.decay, self.epsilon, self.min_count, self.seed = decay, epsilon, min_count, seed
-        self.register_buffer("codes", torch.zeros(num_codes, size))
-        self.register_buffer("counts", torch.zeros(num_codes))
-        self.register_buffer("sums", torch.zeros(num_codes, size))
+        for name, shape in (("codes", (num_codes, size)), ("counts", (num_codes,)), ("sums", (num_codes, size))):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The codes nearest to `states [N, D]`, which must not be padding.
+        """The codes nearest to `states [N, D]`, N at least 1, none of them padding.
 
         Returns:
-            the codes as states `[N, D]`, whose gradient goes to `states` as it is (straight through); which they are,
-            `[N]` int64; and the commitment loss, the mean squared distance, whose gradient pulls states to their codes.
+            the codes `[N, D]` in the type of `states`, to which their gradient goes as it is (straight through); which
+            they are, `[N]` int64; and the commitment loss, fp32, the square of the difference, meant over rows and
+            components, whose gradient pulls states to their codes.
         """
         indices = code_lookup(states, self.codes)
-        nearest = self.codes[indices].to(states.dtype)
-        return states + (nearest - states).detach(), indices, F.mse_loss(states, nearest)
+        nearest = self.codes[indices]
+        # so written its value is the code's, to the bit
+        output = nearest.to(states.dtype) + (states - states.detach())
+        return output, indices, F.mse_loss(states.float(), nearest)
 
     @torch.no_grad()
     def start(self, states: Tensor, num_iterations: int = 10) -> None:
-        """Place the codes by k-means on `states [N, D]` of all processes, from states drawn at even distances."""
+        """Place the codes by k-means on `states [N, D]` of all processes, from states drawn at even distances.
+
+        A process may have none of them. `num_iterations` is at least 1.
+        """
         self.codes.copy_(self._draw(states))
         for _ in range(num_iterations):
             counts, sums = self._sum(states, code_lookup(states, self.codes))
@@ -99,8 +104,9 @@ class Codebook(nn.Module):
         uniforms = np.random.default_rng([self.seed, int(self.num_updates)]).random(len(self.codes))
         places = torch.from_numpy((np.arange(len(uniforms)) + uniforms) / len(uniforms)).to(states.device)
         row = (places * ends[-1]).long() - (ends[rank] - len(states))
-        is_here = (row >= 0) & (row < len(states))
-        return _over_processes(states.float()[row.clamp(0, len(states) - 1)] * is_here[:, None])
+        is_here = ((row >= 0) & (row < len(states)))[:, None]
+        own = states[row.clamp(0, max(len(states) - 1, 0))].float() if len(states) else self.codes
+        return _over_processes(torch.where(is_here, own, 0.0))
 
     def _apply(self, fn, recurse=True):
         """Moves to devices reach the buffers; casts do not."""

@@ -27,5 +27,5 @@ def code_sums_index_add(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How many rows have each code, `[K]` int64, and the sums of these rows, `[K, D]` fp32, one row at a time."""
     counts = torch.zeros(num_codes, dtype=torch.int64, device=states.device)
-    sums = torch.zeros(num_codes, states.shape[1], device=states.device)
+    sums = torch.zeros(num_codes, states.shape[1], dtype=torch.float32, device=states.device)
     return counts.index_add_(0, indices, torch.ones_like(indices)), sums.index_add_(0, indices, states.float())

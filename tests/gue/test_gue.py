@@ -57,6 +57,13 @@ class WarmJob(WarmProgram):
     def returncode(self):
         return self.poll()
 
+    def kill(self):
+        for process in self._processes:
+            process.kill()
+
+    def wait(self, timeout=60):
+        return super().wait(timeout)
+
 
 @pytest.fixture
 def warm_jobs(monkeypatch):

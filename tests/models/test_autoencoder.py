@@ -1,10 +1,19 @@
 """VQDNA's autoencoder against plain convolutions, its levels by their formula, and that it learns a text."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dnazen.layers.autoencoder import ConvNeXtBlock, Convolution, Neighbors, VocabularyAutoencoder, vocabulary_loss
+from dnazen.layers.autoencoder import (
+    ConvNeXtBlock,
+    Convolution,
+    Encoded,
+    Neighbors,
+    VocabularyAutoencoder,
+    vocabulary_loss,
+)
 
 LENGTHS = [9, 1, 60, 3]
 
@@ -70,6 +79,24 @@ def test_levels_are_those_of_the_formula():
     losses = [F.mse_loss(states, codes[i]) for states, codes, i in zip(expected, (first, second), encoded.indices)]
     torch.testing.assert_close(encoded.commitment, sum(losses) / 2)
     assert len(encoded.indices[1].unique()) > 6
+
+
+def test_levels_pass_no_gradient_to_the_codes_before_them():
+    """Half of the mean is Z3's code, whose gradient is Z3's; the other half, 2 Z6 less that, would take it back."""
+    model = VocabularyAutoencoder(8, 2, (4, 4))
+    inputs, neighbors = one_hot(torch.randint(4, (30,))), Neighbors(ends([30]), 30)
+    first = []
+    model.encoder[0].register_forward_hook(lambda module, args, output: first.append(output))
+    model.encoder[1].register_forward_hook(lambda module, args, output: output.detach())
+    (gradient,) = torch.autograd.grad(model.encode(inputs, neighbors).output.sum(), first)
+    assert torch.equal(gradient, torch.full_like(gradient, 0.5))
+
+
+def test_loss_by_hand():
+    """ln 4 where nothing is known, and half of the commitment."""
+    encoded = Encoded(torch.zeros(3, 2), [], [], torch.tensor(0.6))
+    loss = vocabulary_loss(torch.zeros(3, 4), torch.tensor([0, 1, 3]), encoded)
+    assert float(loss) == pytest.approx(math.log(4) + 0.3)
 
 
 @pytest.mark.slow

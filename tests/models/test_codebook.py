@@ -111,9 +111,23 @@ def test_a_state_dict_is_all_that_is_needed_to_go_on():
         for codebook in (straight, resumed)[: 1 + (step >= 3)]:
             codebook.update(rows(step), codebook(rows(step))[1])
     assert all(torch.equal(resumed.state_dict()[name], value) for name, value in straight.state_dict().items())
-    other = Codebook(16, 6, decay=0.5, min_count=4.0, seed=4)
-    other.start(rows(0))
-    assert not torch.equal(other.codes, run(slice(None))["codes"])
+
+
+def test_what_is_drawn_follows_from_the_seed():
+    codebooks = [Codebook(16, 6, seed=seed) for seed in (3, 3, 4)]
+    for codebook in codebooks:
+        codebook.start(rows(0))
+    first, same, other = (codebook.codes for codebook in codebooks)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_a_process_may_have_no_state_of_a_step():
+    codebook = Codebook(6, 4, decay=0.5, min_count=0.1)
+    codebook.start(torch.randn(50, 4))
+    codes, counts = codebook.codes.clone(), codebook.counts.clone()
+    codebook.update(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    assert torch.equal(codebook.counts, counts / 2) and codebook.codes.isfinite().all()
+    torch.testing.assert_close(codebook.codes, codes, rtol=1e-4, atol=0)  # Laplace's epsilon, of a count of some 4
 
 
 def test_a_cast_leaves_it_in_fp32():
@@ -125,7 +139,19 @@ def test_a_cast_leaves_it_in_fp32():
     assert torch.equal(codebook.codes, codes) and codebook.counts.dtype == torch.float32
     states = torch.randn(20, 4, dtype=torch.bfloat16)
     output, indices, loss = codebook(states)
-    assert output.dtype == torch.bfloat16 and loss.dtype == torch.bfloat16
+    assert torch.equal(output, codes[indices].bfloat16())  # and nothing of the states
+    assert torch.equal(loss, (states.float() - codes[indices]).square().mean())
     codebook.update(states, indices)
     assert codebook.codes.dtype == torch.float32 and not torch.equal(codebook.codes, codes)
     assert model.to("meta")[1].codes.is_meta
+
+
+def test_a_default_type_leaves_it_in_fp32():
+    """transformers builds models under the type that they will have."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        codebook = Codebook(5, 4)
+        codebook.start(torch.randn(40, 4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {buffer.dtype for buffer in codebook.buffers()} == {torch.float32, torch.int64}

@@ -313,7 +313,7 @@ def test_sliced_inputs(device):
             TypeError,
             "token_offsets must be torch.int32 or torch.int64, got torch.float32",
         ),
-        ({"edges": EMPTY.to("meta")}, ValueError, "token_offsets must be on cpu like the tokens, got meta"),
+        ({"edges": EMPTY.to("meta")}, ValueError, "token_offsets must be on cpu like the others, got meta"),
         (
             {"edges": EMPTY._replace(ngram_tokens=torch.zeros(2, dtype=torch.int32))},
             ValueError,
@@ -328,7 +328,7 @@ def test_sliced_inputs(device):
         (
             {"maskable_ids": torch.arange(5, device="meta")},
             ValueError,
-            "maskable_ids must be on cpu like the tokens, got meta",
+            "maskable_ids must be on cpu like the others, got meta",
         ),
         ({"mlm_probability": 1.5}, ValueError, r"mlm_probability must lie in \[0, 1\], got 1.5"),
         ({"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'triton', 'reference', got 'cuda'"),
