@@ -6,7 +6,7 @@ is decided.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -102,9 +102,8 @@ class VocabularyAutoencoder(nn.Module):
         self.stem_norm = nn.LayerNorm(_STEM_SIZE)
         self.project = nn.Linear(_STEM_SIZE, size)
         self.encoder = nn.ModuleList(ConvNeXtBlock(size) for _ in range(num_blocks))
-        self.codebooks = nn.ModuleList(
-            Codebook(count, size, seed=seed + level) for level, count in enumerate(num_codes)
-        )
+        codebooks = (Codebook(count, size, seed=seed + level) for level, count in enumerate(num_codes))
+        self.codebooks = cast(Sequence[Codebook], nn.ModuleList(codebooks))
         self.decoder = nn.ModuleList(ConvNeXtBlock(size) for _ in range(num_blocks))
         self.head_project = nn.Linear(size, _STEM_SIZE)
         self.head_norm = nn.LayerNorm(_STEM_SIZE)
