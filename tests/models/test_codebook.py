@@ -15,6 +15,7 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_vector_quantize_pytorch():
     """Indices, output, loss, gradient and codes of ten training steps; both are written from the same papers."""
     theirs_of = pytest.importorskip("vector_quantize_pytorch", reason="needs vector-quantize-pytorch").VectorQuantize

@@ -51,6 +51,7 @@ def test_no_other_code_is_nearer_by_more_than_fp32_rounds(dtype, impl, device):
     assert len(found.unique()) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("usage", ["even", "one code has all", "most have none"])
