@@ -115,11 +115,11 @@ def lookup_specs() -> Iterator[KernelSpec]:
     from dnazen_kernels.ngram_fusion import triton_impl as fusion
 
     types = dict(codes_ptr="*fp32", norms_ptr="*fp32", out_ptr="*i64", num_rows="i32")
-    for states, kind in (("*bf16", "bf16"), ("*fp32", "fp32")):
+    for kind in ("bf16", "fp32"):
         for num_codes in (512, 1024):
             constants = dict(NUM_CODES=num_codes, D=384, **triton_impl.CONSTANTS)
             variant = f"{kind} K={num_codes} D=384"
-            yield KernelSpec(triton_impl._code_lookup_kernel, variant, types | dict(states_ptr=states), constants)
+            yield KernelSpec(triton_impl._code_lookup_kernel, variant, types | dict(states_ptr=f"*{kind}"), constants)
     # the sums by code
     types = dict(hidden_ptr=None, values_ptr="*fp32", offsets_ptr="*i64", indices_ptr="*i64", out_ptr="*fp32")
     yield KernelSpec(

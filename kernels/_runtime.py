@@ -45,3 +45,15 @@ def check_tensor(
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the others, got {tensor.device}")
+
+
+def check_states(name: str, tensor: torch.Tensor, *shape: int | str) -> None:
+    """Check that a tensor is floating point and of that shape; a size that is only a word may be any.
+
+    Raises:
+        TypeError, ValueError: as `check_tensor`.
+    """
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if tensor.dim() != len(shape) or any(size not in (found, str(size)) for size, found in zip(shape, tensor.shape)):
+        raise ValueError(f"{name} must have shape [{', '.join(map(str, shape))}], got {list(tensor.shape)}")

@@ -13,27 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnazen.layers.codebook import Codebook
+from dnazen.layers.neighbors import Neighbors
 
 NUM_BASES = 4
 _STEM_SIZE, _STEM_WIDTH, _BLOCK_WIDTH, _EXPANSION = 256, 5, 7, 4
-
-
-class Neighbors:
-    """Which rows have a neighbor of their own sequence at each distance, for all convolutions of a batch."""
-
-    def __init__(self, cu_seqlens: Tensor, num_rows: int, width: int = _BLOCK_WIDTH) -> None:
-        position = torch.arange(num_rows, device=cu_seqlens.device)
-        sequence = torch.searchsorted(cu_seqlens[1:-1], position, right=True)
-        start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
-        self._is_inside = {
-            distance: ((position + distance >= start) & (position + distance < end)).unsqueeze(1)
-            for distance in range(-(width // 2), width // 2 + 1)
-            if distance
-        }
-
-    def at(self, states: Tensor, distance: int) -> Tensor:
-        """`states [T, D]` of the rows so far to the right, zero where the sequence has none."""
-        return torch.where(self._is_inside[distance], states.roll(-distance, 0), 0) if distance else states
 
 
 class Convolution(nn.Module):
@@ -141,14 +124,14 @@ class VocabularyAutoencoder(nn.Module):
 
     def forward(self, inputs: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Encoded]:
         """Logits of the bases of `inputs [T, 4]`, whose sequences `cu_seqlens [B + 1]` delimits, and their codes."""
-        neighbors = Neighbors(cu_seqlens, len(inputs))
+        neighbors = Neighbors(cu_seqlens, len(inputs), _BLOCK_WIDTH // 2)
         encoded = self.encode(inputs, neighbors)
         return self.decode(encoded.output, neighbors), encoded
 
     @torch.no_grad()
     def start(self, inputs: Tensor, cu_seqlens: Tensor) -> None:
         """Place the codes of every level by k-means on a first batch, the lowest level's first."""
-        neighbors = Neighbors(cu_seqlens, len(inputs))
+        neighbors = Neighbors(cu_seqlens, len(inputs), _BLOCK_WIDTH // 2)
         for level, codebook in enumerate(self.codebooks):
             codebook.start(self.encode(inputs, neighbors).states[level])
 
@@ -160,4 +143,4 @@ class VocabularyAutoencoder(nn.Module):
 
 def vocabulary_loss(logits: Tensor, bases: Tensor, encoded: Encoded, commitment: float = 0.5) -> Tensor:
     """Cross-entropy of the `bases [T]` (0 to 3) that `logits [T, 4]` say, and so much of the commitment loss."""
-    return F.cross_entropy(logits.float(), bases) + commitment * encoded.commitment.float()
+    return F.cross_entropy(logits.float(), bases) + commitment * encoded.commitment

@@ -8,13 +8,13 @@ DNAZenConfig's fields.
 from collections import OrderedDict
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnazen.layers.attention import Attention, FusedSelfAttention, SelfAttention
 from dnazen.layers.fusion import AddNorm, ResidualLayerNorm, residual_output
 from dnazen.layers.linear import Linear, SharedInputLinear, project
+from dnazen.layers.neighbors import Neighbors
 
 
 class Embeddings(nn.Module):
@@ -43,14 +43,9 @@ class Embeddings(nn.Module):
         words = self.word_embeddings(input_ids)
         states = words + self.token_type_embeddings(input_ids.new_zeros(1))
         if self.distances:
-            position = torch.arange(len(input_ids), device=input_ids.device)
-            sequence = torch.searchsorted(cu_seqlens[1:-1], position, right=True)
-            start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
+            neighbors = Neighbors(cu_seqlens, len(input_ids), self.distances[-1])
             for distance, layer in zip(self.distances, self.neighbor_layers):
-                neighbor = position + distance
-                is_inside = ((neighbor >= start) & (neighbor < end)).unsqueeze(1)
-                # rolled, not gathered: the backward of a gather adds in no fixed order on a GPU
-                states = states + layer(words.roll(-distance, 0) * is_inside)
+                states = states + layer(neighbors.at(words, distance))
         return self.dropout(self.LayerNorm(states))
 
 

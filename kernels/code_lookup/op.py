@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dnazen_kernels._runtime import check_tensor, resolve_impl
+from dnazen_kernels._runtime import check_states, check_tensor, resolve_impl
 from dnazen_kernels.code_lookup.reference import code_lookup_chunked, code_sums_index_add
 
 
@@ -27,8 +27,8 @@ def code_lookup(states: Tensor, codes: Tensor, *, impl: str = "auto") -> Tensor:
         RuntimeError: `impl="triton"` cannot run here.
     """
     if not torch.compiler.is_compiling():
-        _check_rows("states", states)
-        _check_rows("codes", codes)
+        check_states("states", states, "rows", "D")
+        check_states("codes", codes, "rows", "D")
         if len(codes) == 0:
             raise ValueError("codes must hold at least one code, got none")
         check_tensor("codes", codes, (len(codes), states.shape[1]), (codes.dtype,), states.device)
@@ -55,7 +55,7 @@ def code_sums(states: Tensor, indices: Tensor, num_codes: int, *, impl: str = "a
         TypeError, ValueError, RuntimeError: as `code_lookup`.
     """
     if not torch.compiler.is_compiling():
-        _check_rows("states", states)
+        check_states("states", states, "rows", "D")
         check_tensor("indices", indices, (len(states),), (torch.int64,), states.device)
         if num_codes < 1:
             raise ValueError(f"num_codes must be at least 1, got {num_codes}")
@@ -88,10 +88,3 @@ def _code_sums(states: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor,
 @_code_sums.register_fake
 def _(states, indices, num_codes):
     return indices.new_empty(num_codes), states.new_empty(num_codes, states.shape[1], dtype=torch.float32)
-
-
-def _check_rows(name: str, rows: Tensor) -> None:
-    if not rows.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {rows.dtype}")
-    if rows.dim() != 2:
-        raise ValueError(f"{name} must have shape [rows, D], got {list(rows.shape)}")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from dnazen_kernels.ngram_fusion.triton_impl import _ngram_fusion_kernel, row_constants
+from dnazen_kernels.ngram_fusion.triton_impl import ngram_fusion
 
 CONSTANTS = dict(BLOCK_N=64, BLOCK_K=64, BLOCK_D=32, num_warps=4)
 # of a code, that one program sums: a code that most rows have would keep a single program busy when all others are done
@@ -70,12 +70,5 @@ def code_sums(states, indices, num_codes):
     parts = torch.arange(len(indices) // ROWS_AT_ONCE + num_codes + 1, device=indices.device)  # as many at most
     code = torch.searchsorted(first_part, parts, right=True) - 1  # num_codes, behind the last
     part_rows = (first_row[code] + (parts - first_part[code]) * ROWS_AT_ONCE).clamp(max=len(indices))
-    return counts, _sum_rows(_sum_rows(states, part_rows, order), first_part, parts)
-
-
-def _sum_rows(values, offsets, indices):
-    """fp32 sums of the rows of `values` that the CSR view names."""
-    out = values.new_empty(len(offsets) - 1, values.shape[1], dtype=torch.float32)
-    constants = row_constants(values.shape[1], torch.float32)
-    _ngram_fusion_kernel[(len(out),)](None, values.contiguous(), offsets, indices, out, **constants)
-    return out
+    partial = ngram_fusion(None, states, part_rows, order, torch.float32)
+    return counts, ngram_fusion(None, partial, first_part, parts, torch.float32)

@@ -6,7 +6,7 @@ Each operator sums the rows of one view of `NgramEdges`; the backward is the sam
 import torch
 from torch import Tensor
 
-from dnazen_kernels._runtime import check_tensor, resolve_impl
+from dnazen_kernels._runtime import check_states, check_tensor, resolve_impl
 from dnazen_kernels.ngram_edges import NgramEdges
 from dnazen_kernels.ngram_fusion.reference import (
     accumulation_dtype,
@@ -43,7 +43,7 @@ def ngram_fusion(
         RuntimeError: `impl="triton"` cannot run here.
     """
     if not torch.compiler.is_compiling():
-        _check_states("hidden_states", hidden_states, "rows", hidden_states.shape[-1])
+        check_states("hidden_states", hidden_states, "rows", hidden_states.shape[-1])
         _check_ngrams(hidden_states, ngram_hidden_states, edges)
     if resolve_impl(impl, hidden_states.device) == "reference":
         return ngram_fusion_index_add(hidden_states, ngram_hidden_states, edges)
@@ -91,16 +91,16 @@ def residual_layer_norm(
         TypeError, ValueError, RuntimeError: as `ngram_fusion`.
     """
     if not torch.compiler.is_compiling():
-        _check_states("weight", weight, "H")
-        _check_states("bias", bias, len(weight))
-        _check_states("x", x, "rows", len(weight))
-        _check_states("residual", residual, len(x), len(weight))
+        check_states("weight", weight, "H")
+        check_states("bias", bias, len(weight))
+        check_states("x", x, "rows", len(weight))
+        check_states("residual", residual, len(x), len(weight))
         if (ngram_hidden_states is None) != (edges is None):
             raise ValueError("ngram_hidden_states and edges must be given both or neither, got one of them")
         if ngram_hidden_states is not None and edges is not None:
             _check_ngrams(x, ngram_hidden_states, edges)
         if x_bias is not None:
-            _check_states("x_bias", x_bias, len(weight))
+            check_states("x_bias", x_bias, len(weight))
         if not 0 <= dropout_p < 1:
             raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
         if seed is not None:
@@ -228,14 +228,6 @@ def _(grad, x, residual, weight, mean, rstd, num_dropped, seed, sums_x):
     return grad_residual, x.new_empty(x.shape if num_dropped else 0), mean.new_empty(2 + sums_x, x.shape[1])
 
 
-def _check_states(name: str, tensor: Tensor, *shape: int | str) -> None:
-    """Floating point, and of that shape; a size that is only a word may be any."""
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-    if tensor.dim() != len(shape) or any(size not in (found, str(size)) for size, found in zip(shape, tensor.shape)):
-        raise ValueError(f"{name} must have shape [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
-
-
 def _check_ngrams(hidden_states: Tensor, ngram_hidden_states: Tensor, edges: NgramEdges) -> None:
-    _check_states("ngram_hidden_states", ngram_hidden_states, "rows", hidden_states.shape[1])
+    check_states("ngram_hidden_states", ngram_hidden_states, "rows", hidden_states.shape[1])
     edges.check(len(hidden_states), len(ngram_hidden_states), hidden_states.device)

@@ -152,11 +152,14 @@ def backward_constants(hidden_size: int, accumulation: torch.dtype, num_dropped:
     return constants | dict(NUM_DROPPED=num_dropped, SUMS_X=sums_x)
 
 
-def ngram_fusion(hidden_states, values, offsets, indices):
-    """`hidden_states` (None: zero) plus the rows of `values` that the CSR view names; in the dtype of the former."""
+def ngram_fusion(hidden_states, values, offsets, indices, dtype=None):
+    """`hidden_states` (None: zero) plus the rows of `values` that the CSR view names.
+
+    In the dtype of the former, or summed and returned in `dtype`.
+    """
     like = values if hidden_states is None else hidden_states
-    out = like.new_empty(len(offsets) - 1, values.shape[1])
-    constants = row_constants(values.shape[1], accumulation_dtype(values, like))
+    out = like.new_empty(len(offsets) - 1, values.shape[1], dtype=dtype)
+    constants = row_constants(values.shape[1], dtype or accumulation_dtype(values, like))
     _ngram_fusion_kernel[(len(out),)](*_contiguous(hidden_states, values, offsets, indices), out, **constants)
     return out
 

@@ -25,7 +25,7 @@ from dnazen.gue.models import list_models
 from dnazen.gue.protocol import PROTOCOLS
 from dnazen.gue.report import score_by_density
 from tests.finetuning.conftest import data, model_folder, motif_row, write_splits  # noqa: F401
-from tests.helpers.launch import environment
+from tests.helpers.launch import environment, kill_trees
 from tests.helpers.warm import WarmProgram
 
 
@@ -58,8 +58,7 @@ class WarmJob(WarmProgram):
         return self.poll()
 
     def kill(self):
-        for process in self._processes:
-            process.kill()
+        kill_trees(self.pids)
 
     def wait(self, timeout=60):
         return super().wait(timeout)

@@ -10,10 +10,10 @@ from dnazen.layers.autoencoder import (
     ConvNeXtBlock,
     Convolution,
     Encoded,
-    Neighbors,
     VocabularyAutoencoder,
     vocabulary_loss,
 )
+from dnazen.layers.neighbors import Neighbors
 
 LENGTHS = [9, 1, 60, 3]
 
@@ -34,7 +34,7 @@ def ends(lengths):
 def test_convolutions_are_pytorch_s_on_each_sequence_alone():
     states, block, dense = torch.randn(sum(LENGTHS), 8), ConvNeXtBlock(8), Convolution(8, 6, 5)
     torch.nn.init.normal_(block.bias)
-    neighbors = Neighbors(ends(LENGTHS), len(states))
+    neighbors = Neighbors(ends(LENGTHS), len(states), 3)
     found = block(states, neighbors), dense(states, neighbors)
     depth_wise, kernel = block.weight.T.unsqueeze(1), dense.linear.weight.unflatten(1, (5, 8)).transpose(1, 2)
     for part, *outputs in zip(states.split(LENGTHS), *(output.split(LENGTHS) for output in found)):
@@ -52,17 +52,17 @@ def test_a_code_depends_on_the_receptive_field_and_on_no_more(num_codes):
     model = VocabularyAutoencoder(16, 6, num_codes)
     assert model.receptive_field == 41
     inputs = one_hot(torch.randint(4, (100,))).requires_grad_()
-    encoded = model.encode(inputs, Neighbors(ends([30, 70]), 100))
+    encoded = model.encode(inputs, Neighbors(ends([30, 70]), 100, 3))
     (reached,) = torch.autograd.grad(encoded.output[65].sum(), inputs)
     assert torch.equal(reached.abs().sum(1).nonzero()[:, 0], torch.arange(45, 86))
-    (reached,) = torch.autograd.grad(model.encode(inputs, Neighbors(ends([30, 70]), 100)).output[35].sum(), inputs)
+    (reached,) = torch.autograd.grad(model.encode(inputs, Neighbors(ends([30, 70]), 100, 3)).output[35].sum(), inputs)
     assert torch.equal(reached.abs().sum(1).nonzero()[:, 0], torch.arange(30, 56))
 
 
 def test_levels_are_those_of_the_formula():
     """H1 = Z3, H2 = 2 Z6 - e(M1), and the output is the mean of e(M1) and e(M2)."""
     model = VocabularyAutoencoder(16, 6, (8, 12))
-    inputs, neighbors = one_hot(torch.randint(4, (80,))), Neighbors(ends([80]), 80)
+    inputs, neighbors = one_hot(torch.randint(4, (80,))), Neighbors(ends([80]), 80, 3)
     model.start(inputs, ends([80]))
     encoded = model.encode(inputs, neighbors)
     states = model.project(F.gelu(model.stem_norm(model.stem(inputs, neighbors))))
@@ -84,7 +84,7 @@ def test_levels_are_those_of_the_formula():
 def test_levels_pass_no_gradient_to_the_codes_before_them():
     """Half of the mean is Z3's code, whose gradient is Z3's; the other half, 2 Z6 less that, would take it back."""
     model = VocabularyAutoencoder(8, 2, (4, 4))
-    inputs, neighbors = one_hot(torch.randint(4, (30,))), Neighbors(ends([30]), 30)
+    inputs, neighbors = one_hot(torch.randint(4, (30,))), Neighbors(ends([30]), 30, 3)
     first = []
     model.encoder[0].register_forward_hook(lambda module, args, output: first.append(output))
     model.encoder[1].register_forward_hook(lambda module, args, output: output.detach())
